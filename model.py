@@ -1,0 +1,591 @@
+"""RNoPE-SWA and the hybrids around it: a decoder-only transformer whose layers differ in two facts,
+where their positions come from and how far they see.
+
+    paper (arXiv 2501.18795)        here
+    ----------------------------    ------------------------------------------------------------
+    RoPE layer                      letter R: rotated queries and keys, sees everything before it
+    NoPE layer                      letter N: no position signal at all, sees everything before it
+    SWA layer                       letter S: rotated, sees the last `window` keys, itself included
+    RNoPE-SWA (3 : 1)               pattern "SSSN", tiled over the layers; preset "rnope-swa"
+    RoPE base, theta                rope_theta
+    QK-Norm                         qk_norm, on rotated layers, before the rotation
+    (not in the paper)              W: a window without positions; C: rotated, chunked (Llama 4)
+
+Shapes: B rows, T query tokens, S key tokens (S >= T: the queries are the last T of them), H query
+heads, G key/value heads (H % G == 0), D = n_embd / n_head, V vocabulary. Attention tensors are
+(B, T, H, D).
+
+In a notebook:
+    model = GPT(ModelConfig(**PRESETS["rnope-swa"], vocab_size=512, n_layer=4, n_embd=128))
+    logits, _ = model(torch.randint(512, (1, 100)))  # (1, 100, 512)
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UsageError(ValueError):
+    """Something the user can put right. The scripts print it as one line and exit with status 2."""
+
+
+def flag(default, help, **more):
+    """A dataclass field that is also a command-line flag: its name, default and help, once."""
+    return field(default=default, metadata=dict(help=help, **more))
+
+
+def check_ranges(config):
+    """Hold every field against the `choices`, `least` and `above` its flag names: UsageError."""
+    for f in fields(config):
+        value, rule = getattr(config, f.name), f.metadata
+        if value not in rule.get("choices", [value]):
+            raise UsageError(f"--{f.name}={value}: choose from {', '.join(rule['choices'])}")
+        if "least" in rule and not rule["least"] <= value < math.inf:
+            raise UsageError(f"--{f.name}={value}: it must be {rule['least']} or more")
+        if "above" in rule and not rule["above"] < value < math.inf:
+            raise UsageError(f"--{f.name}={value}: it must be more than {rule['above']}")
+
+
+class Kind(NamedTuple):
+    rope: bool  # rotate queries and keys by position?
+    span: str  # "full", "window" or "chunk"
+
+
+LAYERS = {
+    "R": Kind(True, "full"),
+    "N": Kind(False, "full"),
+    "S": Kind(True, "window"),
+    "W": Kind(False, "window"),
+    "C": Kind(True, "chunk"),
+}
+
+PRESETS = {
+    "rnope-swa": dict(pattern="SSSN"),  # three local layers, then one that sees everything
+    "rope": dict(pattern="R"),
+    "nope": dict(pattern="N"),
+    "qk-norm": dict(pattern="R", qk_norm=True),
+    "rnope": dict(pattern="RN"),
+    "swa": dict(pattern="S"),  # windows only: the control that cannot retrieve
+    "smollm3": dict(pattern="RRRN"),
+    "llama4": dict(pattern="CCCN", rope_theta=5e5, attn_scale=0.1),  # window = chunk
+    "gemma3": dict(pattern="SSSSSR", rope_theta=1e4, rope_theta_full=1e6, qk_norm=True),
+    "olmo3": dict(pattern="SSSR", rope_theta=5e5, qk_norm=True),
+    "gpt-oss": dict(pattern="SR", rope_theta=1.5e5),  # without its learned sink logits
+    "swan": dict(pattern="NSSS", log_scale=True),
+}
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = flag(50304, "token ids the model knows", least=1)
+    block_size: int = flag(1024, "training context, tokens; a model may be run beyond it", least=1)
+    n_layer: int = flag(8, "blocks", least=1)
+    n_head: int = flag(8, "query heads", least=1)
+    n_kv_head: int = flag(0, "key/value heads (GQA); 0: as many as n_head", least=0)
+    n_embd: int = flag(512, "width of the residual stream", least=1)
+    ffn_dim: int = flag(0, "hidden width of the SwiGLU; 0: 8/3 n_embd, up to a 64", least=0)
+    pattern: str = flag("SSSN", "kinds of layer, tiled over the depth: " + ", ".join(LAYERS))
+    window: int = flag(128, "keys an S or W layer may see, itself included; C: its chunk", least=1)
+    rope_theta: float = flag(1e4, "base of the rotary frequencies", above=0)
+    rope_theta_full: float = flag(0.0, "base on R layers; 0: rope_theta", least=0)
+    qk_norm: bool = flag(False, "normalise q and k per head before they are rotated")
+    log_scale: bool = flag(False, "N layers: q *= max(1, ln(pos + 1) / ln(block_size))")
+    attn_scale: float = flag(
+        0.0, "N layers: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0
+    )
+    logit_scale: float = flag(1.0, "factor on the logits", above=0)
+    norm_eps: float = flag(1e-5, "epsilon of the LayerNorms", above=0)
+    attention: str = flag("auto", "path of attention", choices=("auto", "mask", "blocks", "flash"))
+
+    def __post_init__(self):
+        check_ranges(self)
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.ffn_dim = self.ffn_dim or -(-8 * self.n_embd // 3 // 64) * 64
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise UsageError(
+                f"n_embd={self.n_embd} over n_head={self.n_head}: heads need an even, whole width"
+            )
+        if self.n_head % self.n_kv_head:
+            raise UsageError(
+                f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"
+            )
+        unknown = sorted(set(self.pattern) - set(LAYERS))
+        if unknown or not self.pattern:
+            raise UsageError(
+                f"pattern {self.pattern!r}: use letters of {', '.join(LAYERS)}"
+                + (f", not {', '.join(unknown)}" if unknown else "")
+            )
+        missing = set(self.pattern) - set(self.layers)
+        if missing:
+            raise UsageError(
+                f"pattern {self.pattern!r} over {self.n_layer} layers never builds "
+                f"{''.join(sorted(missing))!r}: use --n_layer={len(self.pattern)} or more, "
+                "or a shorter --pattern"
+            )
+
+    @property
+    def layers(self):
+        """One letter a layer: the pattern tiled over the depth."""
+        return (self.pattern * self.n_layer)[: self.n_layer]
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    def keys_seen(self, letter, T):
+        """How many keys a query of a T-token row sees, averaged over the row."""
+        W = min(self.window, T)
+        if LAYERS[letter].span == "full":
+            return (T + 1) / 2
+        if LAYERS[letter].span == "window":
+            return W - W * (W - 1) / (2 * T)
+        whole, rest = divmod(T, W)
+        return (whole * W * (W + 1) + rest * (rest + 1)) / (2 * T)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention: one rule for who sees whom, and three ways to compute it
+
+
+def visible(i, j, window=None, chunked=False):
+    """True where the query at position i may see the key at position j: the only mask rule here.
+
+    Causal; with a window, the last `window` keys counting i itself; chunked, the keys of i's own
+    chunk of `window` positions. i and j are integer tensors that broadcast.
+    Source: arXiv 2501.18795; chunks as in Llama 4. Flash kernels want the number of keys to the
+    LEFT of the query: that is window - 1.
+    """
+    seen = j <= i
+    if window is None:
+        return seen
+    return seen & (i // window == j // window if chunked else i - j < window)
+
+
+def attend(q, k, v, window=None, chunked=False, path="auto"):
+    """Causal attention of the last T of S positions over what `visible` lets them see.
+
+    q (B, T, H, D), k and v (B, S, G, D) -> (B, T, H, D). window None means everything before.
+    Chunked, k must begin at a chunk's first position. Softmax scale is 1 / sqrt(D).
+    path: "mask" is the definition, S x T memory; "blocks" and "flash" are linear in S. "auto" is
+    flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
+    """
+    S = k.size(1)
+    flash_runs = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if path == "flash" and not flash_runs:
+        raise UsageError("--attention=flash needs CUDA and --dtype=bfloat16 or float16")
+    if path == "mask":
+        return attend_mask(q, k, v, window, chunked)
+    flash = flash_runs and path != "blocks"
+    if window is None or window >= S:  # nothing is out of sight
+        if q.size(1) == S:
+            return sdpa(q, k, v, causal=True)
+        return (attend_flash if flash else attend_mask)(q, k, v)
+    return (attend_flash if flash else attend_blocks)(q, k, v, window, chunked)
+
+
+def sdpa(q, k, v, mask=None, causal=False):
+    """torch's scaled_dot_product_attention on (B, T, H, D) tensors, with G <= H key/value heads."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
+    gqa = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def attend_mask(q, k, v, window=None, chunked=False):
+    """The definition: every score computed, the invisible ones masked. The reference in tests."""
+    T, S = q.size(1), k.size(1)
+    i, j = torch.arange(S - T, S, device=q.device), torch.arange(S, device=q.device)
+    return sdpa(q, k, v, mask=visible(i[:, None], j, window, chunked))
+
+
+def attend_blocks(q, k, v, window, chunked=False):
+    """Blocks of queries against the few keys they can see: linear memory in plain SDPA.
+
+    A block of b queries needs its own b keys and the `back` before them. All blocks but the first
+    look alike, so they go through SDPA as one batch under one mask of b x (back + b).
+    """
+    T, S = q.size(1), k.size(1)
+    back = 0 if chunked else window
+    b = window if chunked else max(window, 128)  # small windows: fewer, fuller blocks
+    if not chunked and T + back < S:
+        k, v = k[:, S - T - back :], v[:, S - T - back :]
+        S = T + back
+    first = min(T, b - (S - T) if chunked else b)  # chunked: what is left of the chunk begun
+    head = S - T + first
+    y = attend_mask(q[:, :first], k[:, :head], v[:, :head], window, chunked)
+    if first == T:
+        return y
+    n = -(-(T - first) // b)  # blocks still to do
+    pad = (0, 0, 0, 0, 0, n * b - (T - first))  # padded keys come last: the causal rule hides them
+    q = F.pad(q[:, first:], pad).unflatten(1, (n, b)).flatten(0, 1)  # (B n, b, H, D)
+    k, v = (
+        F.pad(x[:, head - back :], pad).unfold(1, back + b, b).movedim(-1, 2).flatten(0, 1)
+        for x in (k, v)
+    )  # (B n, back + b, G, D)
+    j = torch.arange(back + b, device=q.device)
+    rest = sdpa(q, k, v, mask=visible(j[back:, None], j, window, chunked))
+    rest = rest.unflatten(0, (-1, n)).flatten(1, 2)[:, : T - first]
+    return torch.cat((y, rest), 1)
+
+
+def attend_flash(q, k, v, window=None, chunked=False):
+    """torch's varlen_attn: no mask, no padding, any length. A chunk is a sequence of its own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    step = window if chunked else S
+    ends = torch.arange(step, S + step, step, device=q.device).clamp(max=S)  # of a row's pieces
+    row = torch.arange(B, device=q.device)[:, None]
+    cu_k = F.pad((row * S + ends).flatten(), (1, 0)).int()
+    cu_q = F.pad((row * T + (ends - (S - T)).clamp(min=0)).flatten(), (1, 0)).int()
+    left = window - 1 if window is not None and not chunked else -1
+    if G != H:  # torch 2.11's varlen_attn has no enable_gqa; expanding works on every version
+        k, v = (x.repeat_interleave(H // G, 2) for x in (k, v))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    y = varlen_attn(q, k, v, cu_q, cu_k, min(T, step), min(S, step), window_size=(left, 0))
+    return y.view(B, T, H, D)
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions
+
+
+@torch.compiler.assume_constant_result  # or the compiler would redo sin and cos in every kernel
+def rotary(start, T, head_dim, theta, device):
+    """cos and signed sin of the RoPE angles at positions start .. start + T - 1: (2, T, 1, D).
+
+    Each pair of channels has one angle; its first is to get minus the sine. Always fp32, and made
+    for the length asked for: there is no table to outgrow.
+    """
+    freqs = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angles = torch.arange(start, start + T, device=device)[:, None].float() * freqs
+    cos, sin = angles.cos(), angles.sin()
+    pairs = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)  # (T, D / 2, 2) each
+    return torch.stack(pairs).flatten(2)[:, :, None]
+
+
+def rotate(x, cos, sin):
+    """Rotate the (even, odd) pairs of x (B, T, H, D): the interleaved form, as in cohere2."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x.float() * cos + swapped.float() * sin).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of one layer, no more than it can still see: slot = position % size.
+
+    size is the longest length to be held on a full layer, the window on the others.
+    """
+
+    def __init__(self, shape, chunked, **like):
+        self.k, self.v = torch.empty(shape, **like), torch.empty(shape, **like)  # (B, size, G, D)
+        self.chunked = chunked
+
+    def update(self, k, v, start):
+        """Store the n tokens from position `start`; return all keys and values they may see.
+
+        k, v: (B, n, G, D) -> (B, S, G, D). With n > 1 they are in order of position, as `attend`
+        needs them; a single query sees every one of them, so there order is of no matter.
+        """
+        n, size = k.size(1), self.k.size(1)
+        slots = torch.arange(start, start + n, device=k.device)[-size:] % size
+        begun = start % size if self.chunked else start  # tokens held that may still be seen
+        if n > 1 and begun + n > size:  # the slots wrap round: join old and new in order
+            old = torch.arange(start - min(begun, size), start, device=k.device) % size
+            seen = [torch.cat((kept[:, old], new), 1) for kept, new in ((self.k, k), (self.v, v))]
+            self.k[:, slots], self.v[:, slots] = k[:, -size:], v[:, -size:]
+            return seen
+        self.k[:, slots], self.v[:, slots] = k, v
+        held = min(begun + n, size)
+        return self.k[:, :held], self.v[:, :held]
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a weight and no bias, computed in fp32 whatever the residual stream is."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), eps=self.eps)
+        return y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, letter):
+        super().__init__()
+        d, D, G = config.n_embd, config.head_dim, config.n_kv_head
+        self.letter, (self.rope, span) = letter, LAYERS[letter]
+        self.window = None if span == "full" else config.window
+        self.chunked = span == "chunk"
+        self.theta = (config.rope_theta_full if span == "full" else 0) or config.rope_theta
+        self.head_dim, self.path = D, config.attention
+        self.wq = nn.Linear(d, d, bias=False)
+        self.wk = nn.Linear(d, G * D, bias=False)
+        self.wv = nn.Linear(d, G * D, bias=False)
+        self.wo = nn.Linear(d, d, bias=False)
+        normed = config.qk_norm and self.rope
+        self.q_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
+        self.k_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
+
+    def qkv(self, x, rotation, nope_scale):
+        """x (B, T, d) -> q (B, T, H, D), k and v (B, T, G, D), positioned and ready to attend."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.rope:
+            q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        elif nope_scale is not None and self.letter == "N":
+            # No position signal here: this layer must find tokens by content, at any distance.
+            # The more keys compete, the sharper its softmax has to be to keep finding one of them.
+            q = (q * nope_scale[:, None, None]).to(q.dtype)
+        return q, k, v
+
+    def forward(self, x, rotation, nope_scale, cache=None, start=0):
+        q, k, v = self.qkv(x, rotation, nope_scale)
+        if cache is not None:
+            k, v = cache.update(k, v, start)
+        if cache is not None and q.size(1) == 1:
+            y = sdpa(q, k, v)  # a cache holds nothing that its next token may not see
+        else:
+            y = attend(q, k, v, self.window, self.chunked, self.path)
+        return self.wo(y.flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Source: Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.up = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU side by side under one norm, as in Command R and the paper."""
+
+    def __init__(self, config, letter):
+        super().__init__()
+        self.norm = LayerNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, letter)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, *where):
+        h = self.norm(x)
+        return x + self.attn(h, *where) + self.mlp(h)
+
+
+LOSS_SLICE = 2**29  # logits in memory at once while a loss is computed
+
+
+def loss_slices(x, vocab_size, targets):
+    """Split the rows of x (N, d) and targets (N,) alike, to LOSS_SLICE logits a slice."""
+    n = max(1, LOSS_SLICE // vocab_size)
+    return zip(x.split(n), targets.split(n), strict=True)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of the logits scale * x @ weight.T, a slice of the rows at a time.
+
+    x (N, d), weight (V, d), targets (N,) with -100 to ignore -> scalar. The gradients are made in
+    the forward pass, while a slice of logits is at hand: three matmuls, none of them done again,
+    and never more than LOSS_SLICE logits in memory. Source of the idea: Liger Kernel, arXiv
+    2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, scale):
+        w = weight.to(x.dtype)
+        count = (targets != -100).sum().clamp(min=1)
+        loss, grad_w, grad_x = x.new_zeros((), dtype=torch.float32), torch.zeros_like(weight), []
+        for rows, wanted in loss_slices(x, weight.size(0), targets):
+            logits = (rows @ w.T).float() * scale
+            logp, use = logits.log_softmax(-1), wanted != -100
+            hit = torch.arange(weight.size(0), device=x.device) == wanted[:, None]
+            loss = loss - (logp * hit).sum()
+            grad = ((logp.exp() - hit.float()) * (use * scale / count)[:, None]).to(x.dtype)
+            grad_x.append(grad @ w)
+            grad_w = grad_w + grad.T @ rows
+        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tied: it is the head as well
+        self.blocks = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.norm = LayerNorm(config.n_embd, config.norm_eps)
+        self.init_weights()
+
+    def init_weights(self):
+        """N(0, 0.02), as GPT-2 and cohere2; what writes into the stream is scaled by its depth."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            for out in (block.attn.wo, block.mlp.down):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def dtype(self):
+        """What the residual stream and the cache are made of: autocast's dtype, or the weights'."""
+        device = self.wte.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.wte.weight.dtype
+
+    def positions(self, T, start=0):
+        """What the layers need to know of positions start .. start + T - 1.
+
+        Returns ({theta: rotary(...)}, nope_scale): the rotations the R, S and C layers ask for, and
+        the factor (T,) on the queries of N layers, or None. Sources: log_scale, SWAN-GPT
+        (arXiv 2504.08719) and arXiv 2404.12224; attn_scale, Llama 4.
+        """
+        c = self.config
+        device = self.wte.weight.device
+        thetas = {block.attn.theta for block in self.blocks if block.attn.rope}
+        rotations = {theta: rotary(start, T, c.head_dim, theta, device) for theta in thetas}
+        pos, scale = torch.arange(start, start + T, device=device), None
+        if c.log_scale:
+            scale = ((pos + 1).log() / math.log(c.block_size)).clamp(min=1)
+        if c.attn_scale:
+            scale = (1 if scale is None else scale) * (
+                1 + c.attn_scale * (1 + (pos + 1) // c.block_size).log()
+            )
+        return rotations, scale
+
+    def body(self, idx, caches=None, start=0):
+        """idx (B, T) int64 at positions start .. -> the normalised last hidden states (B, T, d)."""
+        rotations, scale = self.positions(idx.size(1), start)
+        x = self.wte(idx).to(self.dtype)
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x = block(x, rotations.get(block.attn.theta), scale, cache, start)
+        return self.norm(x)
+
+    def head(self, x):
+        """Hidden states (..., d) -> logits (..., V), fp32."""
+        return F.linear(x, self.wte.weight).float() * self.config.logit_scale
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64 -> (logits (B, T, V) fp32, None).
+
+        With targets (B, T) int64, -100 where none is wanted: (None, mean loss in nats). The logits
+        of a batch are its largest tensor; the loss reads them a slice at a time and keeps none.
+        """
+        x = self.body(idx)
+        if targets is None:
+            return self.head(x), None
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if torch.is_grad_enabled():
+            args = x, self.wte.weight, targets, self.config.logit_scale
+            return None, LinearCrossEntropy.apply(*args)
+        count = (targets != -100).sum().clamp(min=1)
+        slices = loss_slices(x, self.config.vocab_size, targets)
+        total = sum(F.cross_entropy(self.head(r), t, reduction="sum") for r, t in slices)
+        return None, total / count
+
+    # -- counting --------------------------------------------------------------------------------
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """FLOPs of a training step per token of a T-token row: 6 a weight, 12 a key and channel.
+
+        2 per multiply-add, backward twice the forward; masked scores are not counted.
+        """
+        c = self.config
+        keys = sum(c.keys_seen(letter, T) for letter in c.layers)
+        return 6 * sum(p.numel() for p in self.parameters() if p.dim() > 1) + 12 * c.n_embd * keys
+
+    def kv_bytes(self, T, B=1):
+        """Bytes of the KV cache of B rows of T tokens, in the dtype of the computation."""
+        c = self.config
+        keys = sum(self.cache_size(letter, T) for letter in c.layers)
+        return 2 * B * keys * c.n_kv_head * c.head_dim * self.dtype.itemsize
+
+    def cache_size(self, letter, T):
+        """Keys that a layer's cache must hold for rows of T tokens."""
+        return T if LAYERS[letter].span == "full" else min(T, self.config.window)
+
+    def plan(self):
+        """The layers in words: `0 S rope window=128 | ... | 3 N nope full`."""
+        return " | ".join(
+            f"{i} {x} {'rope' if LAYERS[x].rope else 'nope'} {LAYERS[x].span}"
+            + (f"={self.config.window}" if LAYERS[x].span != "full" else "")
+            for i, x in enumerate(self.config.layers)
+        )
+
+    # -- inference -------------------------------------------------------------------------------
+
+    def new_caches(self, B, T):
+        """Empty caches, one a layer, for B rows of at most T tokens."""
+        c, like = self.config, dict(dtype=self.dtype, device=self.wte.weight.device)
+        return [
+            Cache((B, self.cache_size(x, T), c.n_kv_head, c.head_dim), x == "C", **like)
+            for x in c.layers
+        ]
+
+    @torch.no_grad()
+    def prefill(self, idx, caches, start=0, slice=4096):
+        """Read a prompt (B, T) into the caches, `slice` tokens at a time; its last state (B, d)."""
+        for a in range(0, idx.size(1), slice):
+            x = self.body(idx[:, a : a + slice], caches, start + a)
+        return x[:, -1]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
+                 generator=None):
+        """Continue idx (B, T) by up to max_new_tokens: (B, T + n). temperature 0 is greedy.
+
+        top_k keeps the k likeliest tokens, top_p the fewest that hold this probability. Ends early
+        when every row has produced the token `stop`; a row that has, repeats it.
+        """
+        caches = self.new_caches(len(idx), idx.size(1) + max_new_tokens)
+        x, ended = self.prefill(idx, caches), torch.zeros(len(idx), dtype=torch.bool).to(idx.device)
+        for n in range(max_new_tokens):
+            token = sample_token(self.head(x), temperature, top_k, top_p, generator)
+            if stop is not None:
+                token = token.masked_fill(ended[:, None], stop)
+                ended |= token[:, 0] == stop
+            idx = torch.cat((idx, token), 1)
+            if n + 1 == max_new_tokens or ended.all():
+                break
+            x = self.body(token, caches, idx.size(1) - 1)[:, -1]
+        return idx
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Logits (B, V) -> token ids (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None:
+        ranked, order = logits.sort(descending=True)
+        probs = ranked.softmax(-1)
+        # Keep a token while those likelier than it hold less than top_p: always one at least.
+        ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, order, ranked)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

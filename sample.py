@@ -1,0 +1,305 @@
+"""Ask a trained model for text, or how far beyond its training context it still works.
+
+    python sample.py                               # the newest run: loss and retrieval by length
+    python sample.py out/rnope-swa out/rope        # side by side; runs that differ only in seed
+                                                   # become one line, mean ± standard deviation
+    python sample.py --max_multiple=256 --log_scale --heatmap
+    python sample.py --prompt="def main("
+
+Lengths are multiples of the training context T. Every length scores the same target tokens, so a
+column differs from the next in nothing but how much context stands before them:
+    loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of val
+    needle   share of questions answered exactly, all tokens of the answer, greedily; the facts are
+             planted at random depths of val text (prepare_data.plant)
+Does NOT include: sampling from several prompts at once, beam search, chat.
+"""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import UsageError, check_ranges, flag
+from prepare_data import (
+    encode,
+    encoding,
+    load_data,
+    needle_task,
+    parse_flags,
+    plant,
+    run_main,
+    token_bytes,
+    write_atomically,
+)
+from train import Machine, load_run, newest_run
+
+
+@dataclass
+class SampleConfig:
+    runs: tuple[str, ...] = flag((), "folders of runs; none: the newest in out/", positional=True)
+    prompt: str | None = flag(None, "text to continue, instead of probing")
+    max_new_tokens: int = flag(500, "tokens to generate", least=1)
+    temperature: float = flag(0.8, "of sampling; 0: always the likeliest token", least=0)
+    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
+    top_p: float = flag(1.0, "sample among the fewest tokens that hold this probability", above=0)
+    seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
+    probe: str = flag("loss,needle", "what to measure, comma separated: loss, needle")
+    max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
+    samples: int = flag(32, "rows scored for each number", least=1)
+    heatmap: bool = flag(False, "retrieval by length and depth of the fact, too")
+    plot: str = flag("", "file of the figure; empty: probe.png in the first run")
+    log_scale: bool | None = flag(None, "instead of the run's: see train.py --help")
+    window: int | None = flag(None, "instead of the run's")
+    rope_theta: float | None = flag(None, "instead of the run's")
+    attention: str | None = flag(None, "instead of the run's: auto, mask, blocks or flash")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = flag("auto", "bfloat16 on CUDA if auto", choices=("auto", "float32", "bfloat16"))
+
+    def __post_init__(self):
+        check_ranges(self)
+        unknown = set(self.probe.split(",")) - set(PROBES)
+        if unknown:
+            raise UsageError(f"--probe={self.probe}: choose from {', '.join(PROBES)}")
+
+
+class Run:
+    """A trained model with its text and the tokens it is scored on."""
+
+    def __init__(self, folder, cfg, machine):
+        changed = {k: getattr(cfg, k) for k in ("log_scale", "window", "rope_theta", "attention")}
+        changed = {k: v for k, v in changed.items() if v is not None}
+        self.folder, self.machine, self.cfg = Path(folder), machine, cfg
+        self.model, self.train, self.meta = load_run(folder, machine.device, **changed)
+        self.enc, self.T = encoding(self.meta), self.model.config.block_size
+
+    @cached_property
+    def val(self):
+        folder = Path(self.train.data_dir) / self.train.dataset
+        data = load_data(folder)
+        if data.meta["val_sha256"] != self.meta["val_sha256"]:
+            raise UsageError(f"{folder} is not the text that {self.folder} was trained on")
+        return data.val
+
+    def rows(self, length):
+        """(samples, length + 1) token ids of val, ending at the same tokens at every length."""
+        longest = self.T * self.cfg.max_multiple + 1
+        if longest > len(self.val):
+            raise UsageError(
+                f"val has {len(self.val)} tokens, {self.cfg.max_multiple}x asks for {longest}: use "
+                f"--max_multiple={max(1, 2 ** int(math.log2(max(1, len(self.val) // self.T))))}"
+            )
+        ends = np.linspace(longest, len(self.val), self.cfg.samples).astype(int)
+        return np.stack([self.val[end - length - 1 : end] for end in ends])
+
+    @torch.no_grad()
+    def predict(self, rows, n):
+        """Logits (B, n, V) and targets (B, n) of the last n tokens of each row, some at a time."""
+        some = max(1, 2**17 // rows.shape[1])
+        for part in np.array_split(rows, -(-len(rows) // some)):
+            x, y = self.machine.put(part[:, :-1], part[:, -n:])
+            with self.machine.autocast():
+                yield self.model.head(self.model.body(x)[:, -n:]), y
+
+
+def probe_loss(run, length, _depth=None):
+    """Nats on the last T / 4 tokens of each row -> {bits_per_byte, perplexity (per token)}."""
+    n, nats, size = max(1, run.T // 4), 0.0, token_bytes(run.enc)
+    rows = run.rows(length)
+    for logits, y in run.predict(rows, n):
+        nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+    targets = rows[:, -n:]
+    bits = nats / math.log(2) / size[targets].sum()
+    return dict(bits_per_byte=bits, perplexity=math.exp(nats / targets.size))
+
+
+def probe_needle(run, length, depth=None):
+    """Share of rows whose answer is the likeliest token at each of its places -> {accuracy}."""
+    rng = np.random.default_rng((run.cfg.seed, length))
+    rows, right = run.rows(length), 0
+    for i, row in enumerate(rows):
+        task = needle_task(run.enc, rng, run.train.needles, run.train.needle_digits)
+        planted = plant(row, task, rng, depth)
+        rows[i] = planted.row
+    n = planted.answer.stop - planted.answer.start
+    for logits, y in run.predict(rows, n):
+        right += (logits.argmax(-1) == y).all(-1).sum().item()
+    return dict(accuracy=right / len(rows))
+
+
+PROBES = {"loss": probe_loss, "needle": probe_needle}
+DEPTHS = [i / 10 for i in range(11)]
+
+
+def measure(run, cfg):
+    """All that is asked of one run: {probe: {multiple: numbers}}, and "heatmap" if asked for."""
+    multiples = [2**i for i in range(cfg.max_multiple.bit_length()) if 2**i <= cfg.max_multiple]
+    jobs = [(probe, m, None) for probe in cfg.probe.split(",") for m in multiples]
+    jobs += [("heatmap", m, depth) for m in multiples if cfg.heatmap for depth in DEPTHS]
+    found = defaultdict(dict)
+    for probe, m, depth in tqdm(jobs, run.folder.name, disable=not sys.stderr.isatty()):
+        if probe == "heatmap":
+            found[probe][f"{m},{depth}"] = probe_needle(run, m * run.T, depth)
+        else:
+            found[probe][str(m)] = PROBES[probe](run, m * run.T)
+    write_atomically(
+        run.folder / "probe.json",
+        json.dumps(
+            dict(
+                command=" ".join(sys.argv), settings=asdict(cfg), model=asdict(run.model.config),
+                block_size=run.T, device=run.machine.name, torch=torch.__version__, **found,
+            ),
+            indent=1,
+        ),
+    )  # fmt: skip
+    return dict(found)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the user sees
+
+
+def spread(values, form="{:.3f}"):
+    """One number, or the mean ± standard deviation of several."""
+    mean = form.format(np.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
+
+
+def lines_of(runs):
+    """Group runs that differ in nothing but their seed: {label: [run, ...]}, a line each."""
+    groups = defaultdict(list)
+    for run in runs:
+        same = asdict(run.train) | asdict(run.model.config)
+        groups[str({k: v for k, v in same.items() if k not in ("seed", "out_dir")})].append(run)
+    return {
+        group[0].folder.name + (f" ({len(group)} seeds)" if len(group) > 1 else ""): group
+        for group in groups.values()
+    }
+
+
+TITLES = {
+    "loss": ("bits_per_byte", "bits per byte of the last T/4 tokens (perplexity per token)"),
+    "needle": ("accuracy", "questions answered exactly"),
+}
+
+
+def table(probe, lines):
+    """A Markdown table: one row a line, one column a multiple of the training context."""
+    key, title = TITLES[probe]
+    multiples = [int(m) for m in next(iter(lines.values()))[0].found[probe]]
+    rows = [f"{title}, by context length", ""]
+    rows += ["| run | T | " + " | ".join(f"{m}x" for m in multiples) + " |"]
+    rows += ["|---|---|" + "---|" * len(multiples)]
+    for label, runs in lines.items():
+        cells = []
+        for m in multiples:
+            found = [run.found[probe][str(m)] for run in runs]
+            cell = spread([f[key] for f in found])
+            if "perplexity" in found[0]:
+                cell += f" ({spread([f['perplexity'] for f in found], '{:.3g}')})"
+            cells.append(cell)
+        rows.append(f"| {label} | {runs[0].T} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def heatmap_table(run, label):
+    """Retrieval of one line by depth of the fact (rows) and context length (columns)."""
+    grid = run[0].found["heatmap"]
+    multiples = list(dict.fromkeys(cell.split(",")[0] for cell in grid))
+    rows = [f"{label}: questions answered exactly, by depth of the fact and context length", ""]
+    rows += ["| depth | " + " | ".join(f"{m}x" for m in multiples) + " |"]
+    rows += ["|---|" + "---|" * len(multiples)]
+    for depth in DEPTHS:
+        cells = [[r.found["heatmap"][f"{m},{depth}"]["accuracy"] for r in run] for m in multiples]
+        rows.append(f"| {depth:.0%} | " + " | ".join(f"{np.mean(c):.2f}" for c in cells) + " |")
+    return "\n".join(rows)
+
+
+def draw(lines, cfg, path):
+    """The tables as one figure. Needs matplotlib (the plot extra)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    probes = [p for p in cfg.probe.split(",") if p in TITLES]
+    maps = list(lines.items()) if cfg.heatmap else []
+    n = len(probes) + len(maps)
+    figure, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), squeeze=False, layout="constrained")
+    for axis, probe in zip(axes[0], probes, strict=False):
+        key, title = TITLES[probe]
+        for label, runs in lines.items():
+            x = [int(m) * runs[0].T for m in runs[0].found[probe]]
+            y = np.array([[f[key] for f in run.found[probe].values()] for run in runs])
+            (line,) = axis.plot(x, y.mean(0), marker="o", linewidth=2, label=label)
+            if len(y) > 1:
+                axis.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+        axis.axvline(runs[0].T, color="gray", linestyle=":", linewidth=1)
+        axis.annotate(" trained to here", (runs[0].T, 1), xycoords=("data", "axes fraction"),
+                      va="top", color="gray", fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{v:,}" for v in x], rotation=45, ha="right", fontsize=8)
+        axis.set(xlabel="context, tokens", title=title.split(" (")[0])
+        axis.set_ylim(bottom=0, top=1.05 if probe == "needle" else None)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0][0].legend(frameon=False)
+    for axis, (label, runs) in zip(axes[0][len(probes) :], maps, strict=True):
+        grid = np.mean([[c["accuracy"] for c in r.found["heatmap"].values()] for r in runs], 0)
+        grid = grid.reshape(-1, len(DEPTHS)).T
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(grid.shape[1]), [f"{2**i}x" for i in range(grid.shape[1])])
+        axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+        axis.set(xlabel="context", ylabel="depth of the fact", title=label)
+    if maps:
+        figure.colorbar(image, ax=axes[0][-1], label="retrieved")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def write_text(run, cfg):
+    """Continue the prompt and print what comes."""
+    ids = encode(run.enc, cfg.prompt) if cfg.prompt else [run.enc.eot_token]
+    generator = torch.Generator(run.machine.device).manual_seed(cfg.seed)
+    with run.machine.autocast():
+        out = run.model.generate(
+            run.machine.put(np.array([ids]))[0], cfg.max_new_tokens, cfg.temperature,
+            cfg.top_k or None, cfg.top_p if cfg.top_p < 1 else None, run.enc.eot_token, generator,
+        )  # fmt: skip
+    known = out[0][out[0] < run.enc.n_vocab].tolist()  # the model's vocabulary is padded
+    print(run.enc.decode([t for t in known if t != run.enc.eot_token]))
+
+
+def main(argv):
+    cfg = SampleConfig(**parse_flags([SampleConfig], argv, __doc__))
+    machine = Machine(cfg.device, cfg.dtype)
+    runs = [Run(folder, cfg, machine) for folder in cfg.runs or [newest_run()]]
+    if cfg.prompt is not None:
+        for run in runs:
+            write_text(run, cfg)
+        return
+    for run in runs:
+        print(f"{run.folder}: T {run.T}, layers  {run.model.plan()}", flush=True)
+        run.found = measure(run, cfg)
+    lines = lines_of(runs)
+    for probe in cfg.probe.split(","):
+        print(f"\n{table(probe, lines)}")
+    for label, group in lines.items() if cfg.heatmap else ():
+        print(f"\n{heatmap_table(group, label)}")
+    figure = Path(cfg.plot or runs[0].folder / "probe.png")
+    try:
+        draw(lines, cfg, figure)
+        print(f"\nnumbers in probe.json of each run, figure in {figure}")
+    except ImportError:
+        print("\nnumbers in probe.json of each run; pip install matplotlib for the figure")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,649 @@
+"""Train one model of model.py, on one device or on many under torchrun.
+
+    python train.py                                      # RNoPE-SWA on the default text
+    python train.py --preset=rope                        # the baseline, everything else equal
+    python train.py --init_from=out/rnope-swa --block_size=8192       # the paper's second stage
+    torchrun --standalone --nproc_per_node=8 train.py    # data parallel
+    python train.py --bench=rope,rnope-swa --bench_lengths=1024,8192  # speed, nothing is trained
+
+A run lives in out/NAME: config.json and meta.json (how it was made), log.jsonl (what it did) and
+ckpt.pt (where it stands). The batch of a step is a pure function of the seed and the step, so
+resuming needs no position in the data, and N processes see the batches that one would.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import prepare_data
+from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag
+from prepare_data import load_data, needle_task, parse_flags, plant, run_main, write_atomically
+
+SCALES = {  # defaults that fit the machine; flags given beat them
+    "cpu": dict(
+        n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=32, max_iters=700,
+        eval_interval=175, eval_iters=4, warmup_iters=30, learning_rate=2e-3, min_lr=2e-4,
+    ),
+    "gpu": dict(),  # the dataclasses' own defaults: 25M parameters, about a minute
+}  # fmt: skip
+
+PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets; for MFU
+    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+@dataclass
+class TrainConfig:
+    preset: str = flag("rnope-swa", "named set of model flags", choices=tuple(PRESETS))
+    scale: str = flag("auto", "named set of defaults", choices=("auto", *SCALES))
+    dataset: str = flag("python", "folder under data_dir that prepare_data.py wrote")
+    data_dir: str = flag("data", "where prepared datasets are")
+    out_dir: str = flag("", "folder of the run; empty: out/PRESET, numbered if that is taken")
+    init_from: str = flag("", "run whose weights to start from, with a new schedule (stage two)")
+    resume: bool = flag(False, "go on with out_dir, or the newest run, where it stopped")
+    batch_size: int = flag(64, "rows of a micro-batch, per process", least=1)
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches of a step, over all processes together", least=1
+    )
+    max_iters: int = flag(2000, "optimiser steps", least=1)
+    needle_frac: float = flag(0.2, "share of rows with planted facts and a question", least=0)
+    needles: int = flag(4, "facts planted in such a row, one of them asked for", least=1)
+    needle_digits: int = flag(7, "length of the number that each fact states", least=1)
+    optimizer: str = flag(
+        "muon", "for the hidden matrices; AdamW has the rest", choices=("muon", "adamw")
+    )
+    learning_rate: float = flag(1e-3, "peak learning rate", above=0)
+    min_lr: float = flag(1e-4, "learning rate at the end of the cosine", least=0)
+    warmup_iters: int = flag(60, "steps of linear warm-up", least=0)
+    weight_decay: float = flag(0.1, "on matrices only", least=0)
+    beta1: float = flag(0.9, "AdamW", least=0)
+    beta2: float = flag(0.95, "AdamW", least=0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", least=0)
+    eval_interval: int = flag(500, "steps between evaluations, each followed by a save", least=1)
+    eval_iters: int = flag(10, "batches of an evaluation, always the same rows", least=1)
+    log_interval: int = flag(10, "steps between lines of log.jsonl", least=1)
+    seed: int = flag(1337, "of the weights, the batches and the planted facts", least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = flag("auto", "bfloat16 on CUDA if auto", choices=("auto", "float32", "bfloat16"))
+    compile: bool = flag(True, "torch.compile, on CUDA only")
+    bench: str = flag("", "presets to time instead of training, e.g. rope,rnope-swa")
+    bench_lengths: str = flag("", "context lengths to time, e.g. 1024,8192; empty: block_size")
+    bench_paths: str = flag("auto", "attention paths to time, e.g. mask,blocks")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.needle_frac > 1:
+            raise UsageError(f"--needle_frac={self.needle_frac}: it is a share, from 0 to 1")
+
+
+# What may differ when a run is resumed: none of it changes what the next step computes.
+RESUMABLE = {
+    "resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
+    "log_interval",
+}  # fmt: skip
+
+
+class Machine:
+    """This process among its peers: rank, world, device, and the autocast to compute under."""
+
+    def __init__(self, device="auto", dtype="auto"):
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "mps" if torch.backends.mps.is_available() else device
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError):
+            raise UsageError(f"--device={device} is not to be had here: use --device=cpu") from None
+        self.cuda = self.device.type == "cuda"
+        if self.cuda:
+            torch.set_float32_matmul_precision("high")
+            if self.world > 1:
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            self.device = torch.device("cuda", self.device.index or 0)
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.cuda else "gloo")
+        half = dtype == "bfloat16" or (dtype == "auto" and self.cuda)
+        self.dtype = torch.bfloat16 if half else torch.float32
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    @property
+    def name(self):
+        return torch.cuda.get_device_name(self.device) if self.cuda else self.device.type
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def put(self, *arrays):
+        """Rows of token ids from the host, as int64 tensors on the device."""
+        tensors = (torch.from_numpy(a.astype(np.int64)) for a in arrays)
+        if self.cuda:
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+    def total(self, tensor):
+        """Sum over the processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sync(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def peak_flops(self):
+        """Dense bf16 FLOP/s of all devices together, or None where the device is not known."""
+        peak = [flops for known, flops in PEAK_FLOPS.items() if known in self.name]
+        return peak[0] * self.world if peak else None
+
+
+def settle(given, base=None):
+    """Flags given -> (TrainConfig, ModelConfig): they beat the preset, which beats the scale.
+
+    base is the ModelConfig of the run that --init_from names: the given flags change that one.
+    """
+    scale = given.get("scale", "auto")
+    if scale == "auto":
+        scale = "gpu" if Machine(given.get("device", "auto")).cuda else "cpu"
+    preset = given.get("preset", TrainConfig.preset)
+    if scale not in SCALES or preset not in PRESETS:
+        name, known = ("scale", SCALES) if scale not in SCALES else ("preset", PRESETS)
+        raise UsageError(f"unknown {name} {given[name]!r}: choose from {', '.join(known)}")
+    chosen = SCALES[scale] | PRESETS[preset] | given | dict(scale=scale, preset=preset)
+    flags = given if base else chosen
+    model = {f.name: flags[f.name] for f in fields(ModelConfig) if f.name in flags}
+    train = {f.name: chosen[f.name] for f in fields(TrainConfig) if f.name in chosen}
+    return TrainConfig(**train), replace(base, **model) if base else ModelConfig(**model)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def make_batch(data, cfg, T, step, micro):
+    """Rows of training text, some with planted facts: two arrays (batch_size, T), inputs, targets.
+
+    A pure function of (cfg.seed, step, micro), whoever asks and whenever.
+    """
+    rng = np.random.default_rng((cfg.seed, step, micro))
+    starts = rng.integers(0, len(data.train) - T, cfg.batch_size)
+    rows = np.stack([data.train[s : s + T + 1] for s in starts])
+    for r in np.flatnonzero(rng.random(cfg.batch_size) < cfg.needle_frac):
+        task = needle_task(data.enc, rng, cfg.needles, cfg.needle_digits)
+        rows[r] = plant(rows[r], task, rng).row
+    return rows[:, :-1], rows[:, 1:]
+
+
+def prefetch(make, jobs, ahead=8):
+    """Yield make(*job) for each job in order, made by background threads a few jobs ahead."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(make, *job))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@torch.no_grad()
+def evaluate(model, data, cfg, T, machine):
+    """Mean loss in nats per token over fixed, evenly spaced windows of val, shared by the ranks."""
+    rows = min(cfg.eval_iters * cfg.batch_size, max(1, len(data.val) // T))
+    starts = np.linspace(0, len(data.val) - T - 1, rows).astype(int)[machine.rank :: machine.world]
+    total = torch.zeros(2, device=machine.device)
+    for some in np.array_split(starts, -(-len(starts) // cfg.batch_size) or 1):
+        if len(some):
+            rows = np.stack([data.val[s : s + T + 1] for s in some])
+            with machine.autocast():
+                loss = model(*machine.put(rows[:, :-1], rows[:, 1:]))[1]
+            total += torch.stack((loss, torch.ones_like(loss))) * len(some)
+    loss, n = machine.total(total).tolist()
+    return loss / n
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def make_optimizers(model, cfg):
+    """Muon or AdamW for the hidden matrices, AdamW for embeddings and norms. Decay: matrices only.
+
+    Muon's update is scaled to the size of AdamW's (arXiv 2502.16982), so one learning rate serves.
+    """
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        dict(params=[model.wte.weight], weight_decay=cfg.weight_decay),
+        dict(params=rest, weight_decay=0.0),
+    ]
+    optimizers = []
+    if cfg.optimizer == "muon":
+        muon = torch.optim.Muon(
+            hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        optimizers.append(muon)
+    else:
+        groups.append(dict(params=hidden, weight_decay=cfg.weight_decay))
+    fused = model.wte.weight.device.type in ("cuda", "cpu")
+    betas = cfg.beta1, cfg.beta2
+    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
+    return optimizers
+
+
+def compile_model(model, cfg, machine):
+    """torch.compile where it is asked for and pays. fullgraph: a graph break is an error."""
+    if cfg.compile and machine.cuda:
+        return torch.compile(model, fullgraph=True, dynamic=False)
+    return model
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then a cosine down to min_lr."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    t = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * t)) / 2
+
+
+def optimise(model, optimizers, batches, lr, cfg, machine):
+    """One step over this process's micro-batches [(x, y), ...]. Its mean loss, on the device."""
+    loss = 0
+    for n, (x, y) in enumerate(batches, 1):
+        # Gradients are averaged over the processes once, with the last micro-batch.
+        last = n == len(batches) or machine.world == 1
+        with nullcontext() if last else model.no_sync():
+            with machine.autocast():
+                part = model(x, y)[1] / len(batches)
+            part.backward()
+        loss = loss + part.detach()
+    if cfg.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs: what is kept of them
+
+
+def save_checkpoint(folder, model, optimizers, cfg, step, best):
+    """Write ckpt.pt beside and rename: the one before stays whole until the new one is."""
+    state = dict(
+        step=step, best_val_loss=best, model_config=asdict(model.config), train_config=asdict(cfg),
+        model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+        rng=torch.get_rng_state(),
+    )  # fmt: skip
+    beside = folder / "ckpt.pt.tmp"
+    try:
+        torch.save(state, beside)
+        os.replace(beside, folder / "ckpt.pt")
+    except (OSError, RuntimeError) as e:
+        beside.unlink(missing_ok=True)
+        raise UsageError(
+            f"could not write {folder / 'ckpt.pt'} ({str(e).splitlines()[0]}): make room and "
+            f"use --resume; the checkpoint before is intact"
+        ) from None
+
+
+def newest_run(root="out"):
+    """The folder under root whose checkpoint was written last."""
+    runs = sorted(Path(root).glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UsageError(f"no run in {root}/: train one with python train.py, or name its folder")
+    return runs[-1].parent
+
+
+def load_checkpoint(folder):
+    """The dict that save_checkpoint wrote, on the CPU; nothing in it is executed."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: {folder} holds no run of train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["model_config"] = ModelConfig(**state["model_config"])
+        state["train_config"] = TrainConfig(**state["train_config"])
+        if not {"step", "best_val_loss", "model", "optimizers", "rng"} <= set(state):
+            raise KeyError
+    except Exception as e:  # torch.load raises many kinds; each means the same to the user
+        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UsageError(
+            f"{path} is not a checkpoint of this version of train.py, or is damaged ({why})"
+        ) from None
+    return state
+
+
+def load_weights(model, state, source):
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise UsageError(
+            f"the weights of {source} do not fit: only flags that change no shape, such as "
+            "--block_size, --window, --rope_theta or --log_scale, may differ"
+        ) from None
+
+
+def load_run(folder, device="cpu", **override):
+    """A trained run, ready to use: (GPT, TrainConfig, meta.json). override: ModelConfig fields."""
+    state = load_checkpoint(folder)
+    model = GPT(replace(state["model_config"], **override))
+    load_weights(model, state, folder)
+    meta = json.loads((Path(folder) / "meta.json").read_text())
+    return model.to(device).eval(), state["train_config"], meta
+
+
+def choose_out_dir(cfg):
+    """A folder for a new run: never one that holds another run's checkpoint."""
+    if cfg.out_dir:
+        if (Path(cfg.out_dir) / "ckpt.pt").exists():
+            raise UsageError(f"{cfg.out_dir} holds a run: add --resume, or name another --out_dir")
+        return Path(cfg.out_dir)
+    name, n = Path("out") / cfg.preset, 2
+    while (name / "ckpt.pt").exists():
+        name, n = Path("out") / f"{cfg.preset}-{n}", n + 1
+    return name
+
+
+def describe(cfg, model, machine):
+    """What config.json says of a run: its flags, and what else it takes to do it again."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = ""
+    return dict(
+        train=asdict(cfg), model=asdict(model.config), parameters=model.num_params(),
+        layers=model.plan(), command=" ".join(sys.argv), git=revision or None,
+        device=machine.name, processes=machine.world, torch=torch.__version__,
+    )  # fmt: skip
+
+
+class Log:
+    """log.jsonl, and what the user sees: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, path, step, cfg, quiet):
+        self.path, self.quiet, self.shown = path, quiet, 0.0
+        bare = quiet or not sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step", disable=bare)
+        if not quiet:
+            old = path.read_text().splitlines() if step and path.exists() else []
+            # Steps after the checkpoint will be done again: their lines would come twice.
+            kept = [line for line in old if json.loads(line)["step"] <= step]
+            write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def write(self, text, passing=False, **record):
+        """Show text; a passing one only every few seconds. A record goes to log.jsonl, always."""
+        if self.quiet:
+            return
+        if record:
+            with self.path.open("a") as f:
+                f.write(json.dumps(record) + "\n")
+        if not passing:
+            self.bar.write(text, file=sys.stdout)
+        elif not self.bar.disable:
+            self.bar.set_postfix_str(text, refresh=False)
+        elif time.time() - self.shown > 5:
+            print(text, flush=True)
+            self.shown = time.time()
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+def open_dataset(cfg, model_cfg):
+    """The prepared dataset, long enough for the context; the default one is made if missing."""
+    folder = Path(cfg.data_dir) / cfg.dataset
+    if cfg.dataset == "python" and not folder.exists() and int(os.environ.get("RANK", 0)) == 0:
+        prepare_data.prepare(prepare_data.DataConfig(data_dir=cfg.data_dir))
+    if dist.is_initialized():
+        dist.barrier()
+    data = load_data(folder)
+    for name, split in (("train", data.train), ("val", data.val)):
+        if len(split) < model_cfg.block_size + 2:
+            raise UsageError(
+                f"{folder}/{name}.bin has {len(split)} tokens: too few for "
+                f"--block_size={model_cfg.block_size}"
+            )
+    return data
+
+
+def begin(given, machine):
+    """Flags -> (cfg, data, model, optimizers, step, best) of a new run, or one that goes on."""
+    state = load_checkpoint(given.get("out_dir") or newest_run()) if given.get("resume") else None
+    if state:
+        cfg, model_cfg = state["train_config"], state["model_config"]
+        saved = asdict(cfg) | asdict(model_cfg)
+        for name, value in given.items():
+            if name not in RESUMABLE and saved[name] != value:
+                raise UsageError(
+                    f"--{name}={value} contradicts {cfg.out_dir}, made with {saved[name]}: drop it"
+                )
+        cfg = replace(cfg, **{k: v for k, v in given.items() if k in RESUMABLE - {"resume"}})
+        data = open_dataset(cfg, model_cfg)
+    else:
+        first = load_checkpoint(given["init_from"]) if given.get("init_from") else None
+        base = first and first["model_config"]
+        if first:  # a second stage goes on with the same text, unless another is named
+            kept = asdict(first["train_config"])
+            given = {k: kept[k] for k in ("preset", "dataset", "data_dir")} | given
+        cfg, model_cfg = settle(given, base)
+        data = open_dataset(cfg, model_cfg)
+        if not first and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
+            model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
+        cfg = replace(cfg, out_dir=str(choose_out_dir(cfg)))
+    if data.meta["vocab_size"] > model_cfg.vocab_size:
+        raise UsageError(
+            f"{data.folder} has {data.meta['vocab_size']} token ids, the model only "
+            f"{model_cfg.vocab_size}: use the text the run was trained on, or drop --vocab_size"
+        )
+    if cfg.gradient_accumulation_steps % machine.world:
+        raise UsageError(
+            f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps} micro-batches cannot "
+            f"be shared by {machine.world} processes: use a multiple of {machine.world}"
+        )
+    torch.manual_seed(cfg.seed)
+    model = GPT(model_cfg).to(machine.device)
+    optimizers = make_optimizers(model, cfg)
+    if not state:
+        if first:
+            load_weights(model, first, cfg.init_from)
+        return cfg, data, model, optimizers, 0, math.inf
+    load_weights(model, state, cfg.out_dir)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    return cfg, data, model, optimizers, state["step"], state["best_val_loss"]
+
+
+def train(given):
+    machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"))
+    cfg, data, model, optimizers, step, best = begin(given, machine)
+    folder, T = Path(cfg.out_dir), model.config.block_size
+    if machine.main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            about = describe(cfg, model, machine)
+            write_atomically(folder / "meta.json", json.dumps(data.meta))
+            write_atomically(folder / "config.json", json.dumps(about, indent=2))
+        except OSError as e:
+            raise UsageError(f"cannot write {folder} ({e.strerror}): name another --out_dir") from e
+        print(
+            f"{folder}: preset {cfg.preset}, scale {cfg.scale}, {model.num_params() / 1e6:.2f}M "
+            f"parameters, {machine.world} x {machine.name} in {str(machine.dtype)[6:]}, "
+            f"{cfg.optimizer}, text {data.folder}\nlayers  {model.plan()}"
+            + (f"\nresumed at step {step}" if step else ""),
+            flush=True,
+        )
+    compiled = compile_model(model, cfg, machine)
+    if machine.world > 1:
+        ids = [machine.device.index] if machine.cuda else None
+        compiled = DistributedDataParallel(compiled, device_ids=ids)
+
+    mine = range(machine.rank, cfg.gradient_accumulation_steps, machine.world)  # micro-batches
+    jobs = ((data, cfg, T, s, m) for s in range(step, cfg.max_iters) for m in mine)
+    batches = prefetch(make_batch, jobs)
+    log = Log(folder / "log.jsonl", step, cfg, quiet=not machine.main)
+    tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps  # of a step
+    flops, peak = model.flops_per_token(T), machine.peak_flops()
+    stopped = []  # signals: the step at hand is finished, and saved, first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.append(number))
+
+    began, clock, done = time.time(), None, 0  # done: steps since the clock was read
+    stop = False
+    while step < cfg.max_iters and not stop:
+        lr = learning_rate(step, cfg)
+        micros = [machine.put(*next(batches)) for _ in mine]
+        loss = optimise(compiled, optimizers, micros, lr, cfg, machine)
+        step, done = step + 1, done + 1
+        log.bar.update()
+        if clock is None:
+            machine.sync()  # the first step compiles: it is timed apart
+            log.write(f"first step took {time.time() - began:.1f} s")
+            clock, done = time.time(), 0
+        if step % cfg.log_interval == 0 or step == cfg.max_iters:
+            # Ranks must agree on when to stop, so they do it where they speak to each other.
+            signals = loss.new_tensor(float(len(stopped)))
+            mean, stop = (machine.total(torch.stack((loss, signals))) / machine.world).tolist()
+            if not math.isfinite(mean):
+                raise UsageError(
+                    f"the loss is {mean} at step {step}; {folder} keeps the last good checkpoint, "
+                    "if one was saved: start again with a lower --learning_rate"
+                )
+            rate = done * tokens / max(time.time() - clock, 1e-9)
+            log.write(
+                f"step {step:5d}/{cfg.max_iters} | loss {mean:.4f} | lr {lr:.1e}"
+                + f" | {rate / 1e3:.0f}k tok/s"
+                + (f" | mfu {rate * flops / peak:.0%}" if peak else "")
+                + (f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if machine.cuda else "")
+                + f" | eta {(cfg.max_iters - step) * tokens / max(rate, 1e-9) / 60:.1f}m",
+                passing=True, step=step, loss=mean, lr=lr, tokens_per_second=rate,
+            )  # fmt: skip
+            clock, done = time.time(), 0
+        stop = stop or (machine.world == 1 and bool(stopped))
+        if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+            val = evaluate(model, data, cfg, T, machine)
+            best = min(best, val)
+            bits = val / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
+            text = f"step {step:5d}/{cfg.max_iters} | val loss {val:.4f} | {bits:.4f} bits per byte"
+            log.write(text, step=step, val_loss=val, bits_per_byte=bits)
+        if machine.main and (step % cfg.eval_interval == 0 or step == cfg.max_iters or stop):
+            save_checkpoint(folder, model, optimizers, cfg, step, best)
+            clock, done = time.time(), 0
+    batches.close()
+    log.bar.close()
+    if machine.main and step < cfg.max_iters:
+        print(f"stopped at step {step}: python train.py --resume --out_dir={folder} goes on")
+    elif machine.main:
+        print(f"done in {time.time() - began:.0f} s: python sample.py {folder}")
+    if machine.world > 1:
+        dist.destroy_process_group()
+    return folder
+
+
+def bench(given):
+    """Time whole training steps for each length, attention path and preset asked for.
+
+    Prints a table: tokens/s (median step), MFU, peak memory, and the speed over that of full
+    attention (preset rope) at this length, beside the most that counting FLOPs allows.
+    """
+    machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"))
+    presets = given["bench"].split(",")
+    cfg, base = settle(given | dict(preset=presets[0]))
+    budget = cfg.batch_size * base.block_size  # tokens of a step, at every length
+    print(f"{machine.name}, {str(machine.dtype)[6:]}, torch {torch.__version__}, {cfg.optimizer}\n")
+    print("| T | rows | path | preset | window | tok/s | MFU | peak GB | x rope | FLOPs allow |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    found, rope = [], {}
+    for T in [int(n) for n in (cfg.bench_lengths or str(base.block_size)).split(",")]:
+        for path in cfg.bench_paths.split(","):
+            for preset in presets:
+                asked = given | dict(preset=preset, block_size=T, attention=path)
+                cfg, model_cfg = settle(asked)
+                row = dict(T=T, rows=max(1, budget // T), path=path, preset=preset)
+                row |= time_steps(cfg, model_cfg, row["rows"], machine)
+                full = rope.setdefault(T, row) if preset == "rope" else rope.get(T)
+                if full:
+                    row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
+                    row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
+                found.append(row)
+                cells = [T, row["rows"], path, preset, model_cfg.window]
+                for key, form in dict(tokens_per_second=",.0f", mfu=".1%", peak_gb=".2f",
+                                      x_rope=".2f", flops_allow=".2f").items():  # fmt: skip
+                    cells.append(format(row[key], form) if row.get(key) else "-")
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    if cfg.out_dir:
+        about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
+        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(about | dict(rows=found), indent=1)
+        write_atomically(Path(cfg.out_dir) / "bench.json", text)
+
+
+def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
+    """Median time of a training step on `rows` rows of random tokens, as a dict for bench."""
+    torch.manual_seed(cfg.seed)
+    torch.compiler.reset()
+    model = GPT(model_cfg).to(machine.device)
+    compiled, optimizers = compile_model(model, cfg, machine), make_optimizers(model, cfg)
+    shape = rows, model_cfg.block_size + 1
+    tokens = np.random.default_rng(0).integers(0, model_cfg.vocab_size, shape)
+    batch, times = [machine.put(tokens[:, :-1], tokens[:, 1:])], []
+    while len(times) < 5 or sum(times[2:]) < seconds:
+        machine.sync()
+        began = time.perf_counter()
+        optimise(compiled, optimizers, batch, cfg.learning_rate, cfg, machine)
+        machine.sync()
+        times.append(time.perf_counter() - began)
+        if len(times) == 2 and machine.cuda:
+            torch.cuda.reset_peak_memory_stats()
+    step = float(np.median(times[2:]))  # the first two compile and fill the allocator
+    rate, flops = rows * model_cfg.block_size / step, model.flops_per_token(model_cfg.block_size)
+    return dict(
+        tokens_per_second=rate, step_seconds=step, first_step_seconds=times[0],
+        flops_per_token=flops, mfu=rate * flops / (machine.peak_flops() or math.inf),
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None,
+    )  # fmt: skip
+
+
+def main(argv):
+    described = "\n".join(f"  --scale={k}: {v or 'the defaults above'}" for k, v in SCALES.items())
+    given = parse_flags([TrainConfig, ModelConfig], argv, __doc__, epilog=described)
+    if given.get("bench"):
+        return bench(given)
+    return train(given)
+
+
+if __name__ == "__main__":
+    run_main(main)
