@@ -20,8 +20,10 @@ In a notebook:
     logits, _ = model(torch.randint(512, (1, 100)))  # (1, 100, 512)
 """
 
+import json
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -208,14 +210,13 @@ def attend_blocks(q, k, v, window, chunked=False):
     A block of b queries needs its own b keys and the `back` before them. All blocks but the first
     look alike, so they go through SDPA as one batch under one mask of b x (back + b).
     """
-    T, S = q.size(1), k.size(1)
+    T, early = q.size(1), k.size(1) - q.size(1)  # early: keys from before the first query
     back = 0 if chunked else window
     b = window if chunked else max(window, 128)  # small windows: fewer, fuller blocks
-    if not chunked and T + back < S:
-        k, v = k[:, S - T - back :], v[:, S - T - back :]
-        S = T + back
-    first = min(T, b - (S - T) if chunked else b)  # chunked: what is left of the chunk begun
-    head = S - T + first
+    drop = early // b * b if chunked else max(0, early - back)  # no query sees those
+    k, v, early = k[:, drop:], v[:, drop:], early - drop
+    first = min(T, b - early if chunked else b)  # chunked: what is left of the chunk begun
+    head = early + first
     y = attend_mask(q[:, :first], k[:, :head], v[:, :head], window, chunked)
     if first == T:
         return y
@@ -377,12 +378,12 @@ class Block(nn.Module):
 
     def __init__(self, config, letter):
         super().__init__()
-        self.norm = LayerNorm(config.n_embd, config.norm_eps)
+        self.ln = LayerNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, letter)
         self.mlp = SwiGLU(config)
 
     def forward(self, x, *where):
-        h = self.norm(x)
+        h = self.ln(x)
         return x + self.attn(h, *where) + self.mlp(h)
 
 
@@ -465,7 +466,7 @@ class GPT(nn.Module):
         rotations = {theta: rotary(start, T, c.head_dim, theta, device) for theta in thetas}
         pos, scale = torch.arange(start, start + T, device=device), None
         if c.log_scale:
-            scale = ((pos + 1).log() / math.log(c.block_size)).clamp(min=1)
+            scale = ((pos + 1).log() / math.log(max(2, c.block_size))).clamp(min=1)
         if c.attn_scale:
             scale = (1 if scale is None else scale) * (
                 1 + c.attn_scale * (1 + (pos + 1) // c.block_size).log()
@@ -572,6 +573,106 @@ class GPT(nn.Module):
                 break
             x = self.body(token, caches, idx.size(1) - 1)[:, -1]
         return idx
+
+
+    # -- to and from Hugging Face ------------------------------------------------------------------
+
+    def save_pretrained(self, folder):
+        """Write folder/{config.json, model.safetensors} as transformers' cohere2 reads them.
+
+        UsageError where that format cannot say what this model does.
+        """
+        from safetensors.torch import save_file
+
+        c = self.config
+        unsaid = [name for name in ("qk_norm", "log_scale", "attn_scale") if getattr(c, name)]
+        if unsaid or set(c.layers) - {"S", "N"}:
+            raise UsageError(
+                f"cohere2 has layers S and N only, and no {', '.join(unsaid) or 'other'}: "
+                f"a model of pattern {c.pattern} cannot be saved in its format"
+            )
+        hf = {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | HF_FIXED
+        hf |= dict(
+            architectures=["Cohere2ForCausalLM"], head_dim=c.head_dim, dtype="float32",
+            layer_types=["sliding_attention" if x == "S" else "full_attention" for x in c.layers],
+            rope_parameters=dict(rope_theta=c.rope_theta, rope_type="default"),
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(hf, indent=2))
+        weights = {hf_name(name): w.float().contiguous() for name, w in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @staticmethod
+    def from_pretrained(folder, dtype=None, **override):
+        """A GPT with the weights of a cohere2 model: a folder, or an id on the hub.
+
+        dtype: of the weights, theirs if None; override: fields of ModelConfig. UsageError for any
+        other kind of model.
+        """
+        from safetensors.torch import load_file
+
+        if not Path(folder).is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"])
+        folder = Path(folder)
+        try:
+            hf = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UsageError(f"{folder} holds no readable config.json of a model") from None
+        for key, value in HF_FIXED.items():
+            if hf.get(key, value) != value or key == "model_type" and key not in hf:
+                raise UsageError(f"{folder} has {key} {hf.get(key)}: only {value} can be read")
+        rope = hf.get("rope_parameters") or dict(rope_theta=hf.get("rope_theta", 1e4))
+        if rope.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
+            raise UsageError(f"{folder} scales its RoPE ({rope}): that cannot be read")
+        n = hf["num_hidden_layers"]
+        every = hf.get("sliding_window_pattern") or 4  # configs older than layer_types
+        kinds = hf.get("layer_types") or [
+            "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)
+        ]
+        letters = "".join("S" if kind == "sliding_attention" else "N" for kind in kinds)
+        tiles = (letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
+        known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
+        known |= dict(pattern=next(tiles), rope_theta=rope["rope_theta"])
+        config = ModelConfig(**known | override)
+        with torch.device("meta"):  # no weights yet: they are about to be assigned
+            model = GPT(config)
+        weights = {}
+        for shard in sorted(folder.glob("model*.safetensors")):
+            weights |= load_file(shard)
+        ours = {name: weights.get(hf_name(name)) for name in model.state_dict()}
+        missing = [hf_name(name) for name, weight in ours.items() if weight is None]
+        if missing:
+            raise UsageError(f"{folder} lacks the weights {', '.join(missing[:3])}")
+        try:
+            model.load_state_dict(ours, assign=True)
+        except RuntimeError as e:
+            raise UsageError(f"the weights in {folder} contradict its config.json: {e}") from None
+        return model.to(dtype).eval()
+
+
+HF_CONFIG = {  # ModelConfig's name of a thing: transformers' Cohere2Config's
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
+    "window": "sliding_window", "logit_scale": "logit_scale", "norm_eps": "layer_norm_eps",
+}  # fmt: skip
+HF_FIXED = dict(
+    model_type="cohere2", hidden_act="silu", attention_bias=False, tie_word_embeddings=True
+)
+HF_WEIGHTS = {
+    "wte": "embed_tokens", "blocks": "layers", "ln": "input_layernorm", "attn": "self_attn",
+    "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+}  # fmt: skip
+
+
+def hf_name(name):
+    """The name that transformers' cohere2 gives to one of our weights."""
+    return ".".join(["model"] + [HF_WEIGHTS.get(part, part) for part in name.split(".")])
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -11,12 +11,15 @@ column differs from the next in nothing but how much context stands before them:
     loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of val
     needle   share of questions answered exactly, all tokens of the answer, greedily; the facts are
              planted at random depths of val text (prepare_data.plant)
+    cost     tokens per second of prefill and of cached decoding, and the size of the cache
+A RUN may also be a folder in Hugging Face's cohere2 format: the released RNoPE-SWA models.
 Does NOT include: sampling from several prompts at once, beam search, chat.
 """
 
 import json
 import math
 import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import UsageError, check_ranges, flag
+from model import GPT, UsageError, check_ranges, flag, sample_token
 from prepare_data import (
     encode,
     encoding,
@@ -39,7 +42,7 @@ from prepare_data import (
     token_bytes,
     write_atomically,
 )
-from train import Machine, load_run, newest_run
+from train import RESUMABLE, Machine, TrainConfig, load_run, newest_run
 
 
 @dataclass
@@ -51,7 +54,8 @@ class SampleConfig:
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
     top_p: float = flag(1.0, "sample among the fewest tokens that hold this probability", above=0)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
-    probe: str = flag("loss,needle", "what to measure, comma separated: loss, needle")
+    probe: str = flag("loss,needle", "what to measure, comma separated: loss, needle, cost")
+    cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
     samples: int = flag(32, "rows scored for each number", least=1)
     heatmap: bool = flag(False, "retrieval by length and depth of the fact, too")
@@ -68,6 +72,30 @@ class SampleConfig:
         unknown = set(self.probe.split(",")) - set(PROBES)
         if unknown:
             raise UsageError(f"--probe={self.probe}: choose from {', '.join(PROBES)}")
+        plot = Path(self.plot or "probe.png")
+        if not plot.parent.is_dir() or plot.suffix not in (".png", ".pdf", ".svg"):
+            raise UsageError(f"--plot={plot}: name a .png, .pdf or .svg in a folder that exists")
+
+
+class HubTokenizer:
+    """The tokenizer of a Hugging Face folder, as the little of tiktoken.Encoding used here."""
+
+    name = "hub"
+
+    def __init__(self, folder):
+        from transformers import AutoTokenizer
+
+        try:
+            self.inner = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as e:
+            raise UsageError(f"{folder} has no readable tokenizer ({type(e).__name__})") from e
+        self.n_vocab, self.eot_token = len(self.inner), self.inner.eos_token_id
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.inner.encode(text, add_special_tokens=False))
+
+    def decode(self, ids):
+        return self.inner.decode(ids)
 
 
 class Run:
@@ -77,11 +105,19 @@ class Run:
         changed = {k: getattr(cfg, k) for k in ("log_scale", "window", "rope_theta", "attention")}
         changed = {k: v for k, v in changed.items() if v is not None}
         self.folder, self.machine, self.cfg = Path(folder), machine, cfg
-        self.model, self.train, self.meta = load_run(folder, machine.device, **changed)
-        self.enc, self.T = encoding(self.meta), self.model.config.block_size
+        self.train, self.meta = TrainConfig(), None
+        if (self.folder / "config.json").exists() and not (self.folder / "ckpt.pt").exists():
+            self.model = GPT.from_pretrained(folder, **changed).to(machine.device)
+            self.enc = HubTokenizer(folder)
+        else:
+            self.model, self.train, self.meta = load_run(folder, machine.device, **changed)
+            self.enc = encoding(self.meta)
+        self.T = self.model.config.block_size
 
     @cached_property
     def val(self):
+        if self.meta is None:
+            raise UsageError(f"{self.folder} names no text to score: use --prompt or --probe=cost")
         folder = Path(self.train.data_dir) / self.train.dataset
         data = load_data(folder)
         if data.meta["val_sha256"] != self.meta["val_sha256"]:
@@ -94,7 +130,7 @@ class Run:
         if longest > len(self.val):
             raise UsageError(
                 f"val has {len(self.val)} tokens, {self.cfg.max_multiple}x asks for {longest}: use "
-                f"--max_multiple={max(1, 2 ** int(math.log2(max(1, len(self.val) // self.T))))}"
+                f"--max_multiple={max(1, (len(self.val) - 1) // self.T)} at most"
             )
         ends = np.linspace(longest, len(self.val), self.cfg.samples).astype(int)
         return np.stack([self.val[end - length - 1 : end] for end in ends])
@@ -122,25 +158,58 @@ def probe_loss(run, length, _depth=None):
 
 def probe_needle(run, length, depth=None):
     """Share of rows whose answer is the likeliest token at each of its places -> {accuracy}."""
-    rng = np.random.default_rng((run.cfg.seed, length))
-    rows, right = run.rows(length), 0
+    rows, sizes = run.rows(length), []
     for i, row in enumerate(rows):
+        rng = np.random.default_rng((run.cfg.seed, i))  # the same questions at every length
         task = needle_task(run.enc, rng, run.train.needles, run.train.needle_digits)
-        planted = plant(row, task, rng, depth)
-        rows[i] = planted.row
-    n = planted.answer.stop - planted.answer.start
-    for logits, y in run.predict(rows, n):
-        right += (logits.argmax(-1) == y).all(-1).sum().item()
-    return dict(accuracy=right / len(rows))
+        rows[i] = plant(row, task, rng, depth).row
+        sizes.append(len(task.answer))
+    n = max(sizes)
+    hits = [(logits.argmax(-1) == y).cpu().numpy() for logits, y in run.predict(rows, n)]
+    answers = zip(np.concatenate(hits), sizes, strict=True)
+    return dict(accuracy=float(np.mean([hit[n - size :].all() for hit, size in answers])))
 
 
-PROBES = {"loss": probe_loss, "needle": probe_needle}
+@torch.no_grad()
+def probe_cost(run, length, _depth=None):
+    """What a context costs at inference, for `cost_rows` rows of random tokens at once.
+
+    -> {kv_mb: of the cache, for all rows, prefill_tokens_per_second, decode_tokens_per_second}.
+    """
+    B, steps, model = run.cfg.cost_rows, 32, run.model
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (B, length))
+    (ids,) = run.machine.put(ids)
+    with run.machine.autocast():
+        caches = model.new_caches(B, length + 2 * steps)
+        model.prefill(ids[:, :256], model.new_caches(B, length))  # warm up
+        run.machine.sync()
+        began = time.perf_counter()
+        x = model.prefill(ids, caches)
+        run.machine.sync()
+        prefilled = time.perf_counter()
+        for n in range(2 * steps):
+            if n == steps:
+                run.machine.sync()
+                halfway = time.perf_counter()
+            token = sample_token(model.head(x), temperature=0)
+            x = model.body(token, caches, length + n)[:, -1]
+        run.machine.sync()
+        ended = time.perf_counter()
+    return dict(
+        kv_mb=sum(t.nbytes for c in caches for t in (c.k, c.v)) / 1e6,
+        prefill_tokens_per_second=B * length / (prefilled - began),
+        decode_tokens_per_second=B * steps / (ended - halfway),
+    )
+
+
+PROBES = {"loss": probe_loss, "needle": probe_needle, "cost": probe_cost}
 DEPTHS = [i / 10 for i in range(11)]
 
 
 def measure(run, cfg):
     """All that is asked of one run: {probe: {multiple: numbers}}, and "heatmap" if asked for."""
-    multiples = [2**i for i in range(cfg.max_multiple.bit_length()) if 2**i <= cfg.max_multiple]
+    doubled = [2**i for i in range(cfg.max_multiple.bit_length())]
+    multiples = [m for m in doubled if m < cfg.max_multiple] + [cfg.max_multiple]
     jobs = [(probe, m, None) for probe in cfg.probe.split(",") for m in multiples]
     jobs += [("heatmap", m, depth) for m in multiples if cfg.heatmap for depth in DEPTHS]
     found = defaultdict(dict)
@@ -166,7 +235,7 @@ def measure(run, cfg):
 # What the user sees
 
 
-def spread(values, form="{:.3f}"):
+def spread(values, form):
     """One number, or the mean ± standard deviation of several."""
     mean = form.format(np.mean(values))
     return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
@@ -174,25 +243,35 @@ def spread(values, form="{:.3f}"):
 
 def lines_of(runs):
     """Group runs that differ in nothing but their seed: {label: [run, ...]}, a line each."""
-    groups = defaultdict(list)
+    groups, lines = defaultdict(list), {}
     for run in runs:
         same = asdict(run.train) | asdict(run.model.config)
-        groups[str({k: v for k, v in same.items() if k not in ("seed", "out_dir")})].append(run)
-    return {
-        group[0].folder.name + (f" ({len(group)} seeds)" if len(group) > 1 else ""): group
-        for group in groups.values()
-    }
+        differ = {"seed", "init_from", *RESUMABLE}
+        groups[str({k: v for k, v in same.items() if k not in differ})].append(run)
+    for group in groups.values():
+        first = group[0].folder
+        label = str(first) if first.name in lines else first.name
+        lines[label + (f" ({len(group)} seeds)" if len(group) > 1 else "")] = group
+    return lines
 
 
-TITLES = {
-    "loss": ("bits_per_byte", "bits per byte of the last T/4 tokens (perplexity per token)"),
-    "needle": ("accuracy", "questions answered exactly"),
-}
+TITLES = {  # probe: (numbers shown and their formats, title)
+    "loss": (
+        {"bits_per_byte": "{:.3f}", "perplexity": "{:.3g}"},
+        "bits per byte of the last T/4 tokens (perplexity per token)",
+    ),
+    "needle": ({"accuracy": "{:.3f}"}, "questions answered exactly"),
+    "cost": (
+        {"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
+         "kv_mb": "{:,.1f}"},
+        "decoded tokens per second (prefilled tokens per second, MB of KV cache)",
+    ),
+}  # fmt: skip
 
 
 def table(probe, lines):
     """A Markdown table: one row a line, one column a multiple of the training context."""
-    key, title = TITLES[probe]
+    forms, title = TITLES[probe]
     multiples = [int(m) for m in next(iter(lines.values()))[0].found[probe]]
     rows = [f"{title}, by context length", ""]
     rows += ["| run | T | " + " | ".join(f"{m}x" for m in multiples) + " |"]
@@ -201,10 +280,8 @@ def table(probe, lines):
         cells = []
         for m in multiples:
             found = [run.found[probe][str(m)] for run in runs]
-            cell = spread([f[key] for f in found])
-            if "perplexity" in found[0]:
-                cell += f" ({spread([f['perplexity'] for f in found], '{:.3g}')})"
-            cells.append(cell)
+            first, *more = (spread([f[k] for f in found], form) for k, form in forms.items())
+            cells.append(first + (f" ({', '.join(more)})" if more else ""))
         rows.append(f"| {label} | {runs[0].T} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -234,7 +311,7 @@ def draw(lines, cfg, path):
     n = len(probes) + len(maps)
     figure, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), squeeze=False, layout="constrained")
     for axis, probe in zip(axes[0], probes, strict=False):
-        key, title = TITLES[probe]
+        (key, *_), title = TITLES[probe]
         for label, runs in lines.items():
             x = [int(m) * runs[0].T for m in runs[0].found[probe]]
             y = np.array([[f[key] for f in run.found[probe].values()] for run in runs])

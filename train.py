@@ -14,6 +14,7 @@ resuming needs no position in the data, and N processes see the batches that one
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,8 +37,8 @@ from prepare_data import load_data, needle_task, parse_flags, plant, run_main, w
 
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
-        n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=32, max_iters=700,
-        eval_interval=175, eval_iters=4, warmup_iters=30, learning_rate=2e-3, min_lr=2e-4,
+        n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=8, max_iters=1500,
+        eval_interval=500, eval_iters=16, learning_rate=3e-3, needle_frac=0.0,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25M parameters, about a minute
 }  # fmt: skip
@@ -66,10 +67,10 @@ class TrainConfig:
     needles: int = flag(4, "facts planted in such a row, one of them asked for", least=1)
     needle_digits: int = flag(7, "length of the number that each fact states", least=1)
     optimizer: str = flag(
-        "muon", "for the hidden matrices; AdamW has the rest", choices=("muon", "adamw")
+        "adamw", "for the hidden matrices; AdamW has the rest", choices=("adamw", "muon")
     )
     learning_rate: float = flag(1e-3, "peak learning rate", above=0)
-    min_lr: float = flag(1e-4, "learning rate at the end of the cosine", least=0)
+    min_lr: float = flag(0.0, "learning rate at the end; 0: a tenth of the peak", least=0)
     warmup_iters: int = flag(60, "steps of linear warm-up", least=0)
     weight_decay: float = flag(0.1, "on matrices only", least=0)
     beta1: float = flag(0.9, "AdamW", least=0)
@@ -84,12 +85,14 @@ class TrainConfig:
     compile: bool = flag(True, "torch.compile, on CUDA only")
     bench: str = flag("", "presets to time instead of training, e.g. rope,rnope-swa")
     bench_lengths: str = flag("", "context lengths to time, e.g. 1024,8192; empty: block_size")
-    bench_paths: str = flag("auto", "attention paths to time, e.g. mask,blocks")
+    bench_paths: str = flag("", "attention paths to time, e.g. mask,blocks; empty: --attention")
 
     def __post_init__(self):
         check_ranges(self)
         if self.needle_frac > 1:
             raise UsageError(f"--needle_frac={self.needle_frac}: it is a share, from 0 to 1")
+        if self.min_lr > self.learning_rate:
+            raise UsageError(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
 
 
 # What may differ when a run is resumed: none of it changes what the next step computes.
@@ -266,11 +269,12 @@ def compile_model(model, cfg, machine):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up, then a cosine down to min_lr."""
+    """Of a step: linear warm-up, then a cosine down to min_lr."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
     t = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * t)) / 2
+    least = cfg.min_lr or cfg.learning_rate / 10
+    return least + (cfg.learning_rate - least) * (1 + math.cos(math.pi * t)) / 2
 
 
 def optimise(model, optimizers, batches, lr, cfg, machine):
@@ -359,8 +363,17 @@ def load_run(folder, device="cpu", **override):
     state = load_checkpoint(folder)
     model = GPT(replace(state["model_config"], **override))
     load_weights(model, state, folder)
-    meta = json.loads((Path(folder) / "meta.json").read_text())
-    return model.to(device).eval(), state["train_config"], meta
+    return model.to(device).eval(), state["train_config"], load_meta(folder)
+
+
+def load_meta(folder):
+    """What a run remembers of the text it was trained on."""
+    try:
+        return json.loads((Path(folder) / "meta.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{folder}/meta.json is missing or damaged: copy it from the run's dataset folder"
+        ) from None
 
 
 def choose_out_dir(cfg):
@@ -392,19 +405,27 @@ def describe(cfg, model, machine):
 class Log:
     """log.jsonl, and what the user sees: a bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, path, step, cfg, quiet):
-        self.path, self.quiet, self.shown = path, quiet, 0.0
-        bare = quiet or not sys.stderr.isatty()
+    def __init__(self, path, step, cfg, machine, tokens, flops):
+        self.path, self.cfg, self.machine, self.shown = path, cfg, machine, 0.0
+        self.tokens, self.flops, self.peak = tokens, flops, machine.peak_flops()
+        bare = not machine.main or not sys.stderr.isatty()
         self.bar = tqdm(total=cfg.max_iters, initial=step, unit="step", disable=bare)
-        if not quiet:
+        if machine.main:
             old = path.read_text().splitlines() if step and path.exists() else []
             # Steps after the checkpoint will be done again: their lines would come twice.
-            kept = [line for line in old if json.loads(line)["step"] <= step]
+            kept = [line for line in old if self.step_of(line) <= step]
             write_atomically(path, "".join(line + "\n" for line in kept))
+
+    @staticmethod
+    def step_of(line):
+        try:
+            return json.loads(line)["step"]
+        except ValueError:  # the last line of a run that was cut off may be half a line
+            return math.inf
 
     def write(self, text, passing=False, **record):
         """Show text; a passing one only every few seconds. A record goes to log.jsonl, always."""
-        if self.quiet:
+        if not self.machine.main:
             return
         if record:
             with self.path.open("a") as f:
@@ -416,6 +437,22 @@ class Log:
         elif time.time() - self.shown > 5:
             print(text, flush=True)
             self.shown = time.time()
+
+    def step(self, step, loss, lr, rate):
+        """rate: tokens per second, None where no whole step has been timed."""
+        text = f"step {step:5d}/{self.cfg.max_iters} | loss {loss:.4f} | lr {lr:.1e}"
+        if rate:
+            text += f" | {rate / 1e3:.0f}k tok/s"
+            text += f" | mfu {rate * self.flops / self.peak:.0%}" if self.peak else ""
+            if self.machine.cuda:
+                text += f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            text += f" | eta {(self.cfg.max_iters - step) * self.tokens / rate / 60:.1f}m"
+        self.write(text, passing=True, step=step, loss=loss, lr=lr, tokens_per_second=rate)
+
+    def validation(self, step, loss, bits):
+        text = f"step {step:5d}/{self.cfg.max_iters} | val loss {loss:.4f}"
+        text += f" | {bits:.4f} bits per byte"
+        self.write(text, step=step, val_loss=loss, bits_per_byte=bits)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -441,22 +478,28 @@ def open_dataset(cfg, model_cfg):
 
 def begin(given, machine):
     """Flags -> (cfg, data, model, optimizers, step, best) of a new run, or one that goes on."""
-    state = load_checkpoint(given.get("out_dir") or newest_run()) if given.get("resume") else None
-    if state:
-        cfg, model_cfg = state["train_config"], state["model_config"]
+    if given.get("resume"):
+        folder = given.get("out_dir") or str(newest_run())
+        state = load_checkpoint(folder)
+        cfg, model_cfg = replace(state["train_config"], out_dir=folder), state["model_config"]
         saved = asdict(cfg) | asdict(model_cfg)
         for name, value in given.items():
             if name not in RESUMABLE and saved[name] != value:
                 raise UsageError(
-                    f"--{name}={value} contradicts {cfg.out_dir}, made with {saved[name]}: drop it"
+                    f"--{name}={value} contradicts {folder}, made with {saved[name]}: drop it"
                 )
         cfg = replace(cfg, **{k: v for k, v in given.items() if k in RESUMABLE - {"resume"}})
         data = open_dataset(cfg, model_cfg)
+        if data.meta["train_sha256"] != load_meta(folder)["train_sha256"]:
+            raise UsageError(f"{data.folder} is not the text that {folder} was trained on")
     else:
+        state = None
         first = load_checkpoint(given["init_from"]) if given.get("init_from") else None
         base = first and first["model_config"]
         if first:  # a second stage goes on with the same text, unless another is named
             kept = asdict(first["train_config"])
+            if given.get("preset", kept["preset"]) != kept["preset"]:
+                raise UsageError(f"--preset: {given['init_from']} is {kept['preset']} and stays so")
             given = {k: kept[k] for k in ("preset", "dataset", "data_dir")} | given
         cfg, model_cfg = settle(given, base)
         data = open_dataset(cfg, model_cfg)
@@ -514,56 +557,49 @@ def train(given):
     mine = range(machine.rank, cfg.gradient_accumulation_steps, machine.world)  # micro-batches
     jobs = ((data, cfg, T, s, m) for s in range(step, cfg.max_iters) for m in mine)
     batches = prefetch(make_batch, jobs)
-    log = Log(folder / "log.jsonl", step, cfg, quiet=not machine.main)
     tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps  # of a step
-    flops, peak = model.flops_per_token(T), machine.peak_flops()
-    stopped = []  # signals: the step at hand is finished, and saved, first
+    tokens_per_byte = data.meta["val_tokens"] / data.meta["val_bytes"]
+    log = Log(folder / "log.jsonl", step, cfg, machine, tokens, model.flops_per_token(T))
+    stopped, handlers = [], {}  # signals: the step at hand is finished, and saved, first
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopped.append(number))
+        handlers[number] = signal.signal(number, lambda number, frame: stopped.append(number))
 
     began, clock, done = time.time(), None, 0  # done: steps since the clock was read
     stop = False
-    while step < cfg.max_iters and not stop:
-        lr = learning_rate(step, cfg)
-        micros = [machine.put(*next(batches)) for _ in mine]
-        loss = optimise(compiled, optimizers, micros, lr, cfg, machine)
-        step, done = step + 1, done + 1
-        log.bar.update()
-        if clock is None:
-            machine.sync()  # the first step compiles: it is timed apart
-            log.write(f"first step took {time.time() - began:.1f} s")
-            clock, done = time.time(), 0
-        if step % cfg.log_interval == 0 or step == cfg.max_iters:
-            # Ranks must agree on when to stop, so they do it where they speak to each other.
-            signals = loss.new_tensor(float(len(stopped)))
-            mean, stop = (machine.total(torch.stack((loss, signals))) / machine.world).tolist()
-            if not math.isfinite(mean):
-                raise UsageError(
-                    f"the loss is {mean} at step {step}; {folder} keeps the last good checkpoint, "
-                    "if one was saved: start again with a lower --learning_rate"
-                )
-            rate = done * tokens / max(time.time() - clock, 1e-9)
-            log.write(
-                f"step {step:5d}/{cfg.max_iters} | loss {mean:.4f} | lr {lr:.1e}"
-                + f" | {rate / 1e3:.0f}k tok/s"
-                + (f" | mfu {rate * flops / peak:.0%}" if peak else "")
-                + (f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if machine.cuda else "")
-                + f" | eta {(cfg.max_iters - step) * tokens / max(rate, 1e-9) / 60:.1f}m",
-                passing=True, step=step, loss=mean, lr=lr, tokens_per_second=rate,
-            )  # fmt: skip
-            clock, done = time.time(), 0
-        stop = stop or (machine.world == 1 and bool(stopped))
-        if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-            val = evaluate(model, data, cfg, T, machine)
-            best = min(best, val)
-            bits = val / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
-            text = f"step {step:5d}/{cfg.max_iters} | val loss {val:.4f} | {bits:.4f} bits per byte"
-            log.write(text, step=step, val_loss=val, bits_per_byte=bits)
-        if machine.main and (step % cfg.eval_interval == 0 or step == cfg.max_iters or stop):
-            save_checkpoint(folder, model, optimizers, cfg, step, best)
-            clock, done = time.time(), 0
-    batches.close()
-    log.bar.close()
+    try:
+        while step < cfg.max_iters and not stop:
+            lr = learning_rate(step, cfg)
+            micros = [machine.put(*next(batches)) for _ in mine]
+            loss = optimise(compiled, optimizers, micros, lr, cfg, machine)
+            step, done = step + 1, done + 1
+            log.bar.update()
+            if clock is None:
+                machine.sync()  # the first step compiles: it is timed apart
+                log.write(f"first step took {time.time() - began:.1f} s")
+                clock, done = time.time(), 0
+            stop = machine.world == 1 and len(stopped) > 0
+            due = step % cfg.eval_interval == 0 or step == cfg.max_iters
+            if due or stop or step % cfg.log_interval == 0:
+                # Ranks must agree on when to stop, so they do it where they speak to each other.
+                signals = loss.new_tensor(float(len(stopped)))
+                mean, stop = (machine.total(torch.stack((loss, signals))) / machine.world).tolist()
+                check_finite(mean, step, folder)
+                log.step(step, mean, lr, done * tokens / (time.time() - clock) if done else None)
+                clock, done = time.time(), 0
+            if due:
+                val = evaluate(model, data, cfg, T, machine)
+                check_finite(val, step, folder)
+                best = min(best, val)
+                log.validation(step, val, val / math.log(2) * tokens_per_byte)
+            if due or stop:
+                if machine.main:
+                    save_checkpoint(folder, model, optimizers, cfg, step, best)
+                clock, done = time.time(), 0
+    finally:
+        batches.close()
+        log.bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if machine.main and step < cfg.max_iters:
         print(f"stopped at step {step}: python train.py --resume --out_dir={folder} goes on")
     elif machine.main:
@@ -573,6 +609,14 @@ def train(given):
     return folder
 
 
+def check_finite(loss, step, folder):
+    if not math.isfinite(loss):
+        raise UsageError(
+            f"the loss is {loss} at step {step}: {folder} keeps the last good checkpoint, if there "
+            "was one; start again with a lower --learning_rate"
+        )
+
+
 def bench(given):
     """Time whole training steps for each length, attention path and preset asked for.
 
@@ -580,30 +624,35 @@ def bench(given):
     attention (preset rope) at this length, beside the most that counting FLOPs allows.
     """
     machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"))
-    presets = given["bench"].split(",")
-    cfg, base = settle(given | dict(preset=presets[0]))
+    cfg, base = settle(given | dict(preset=given["bench"].split(",")[0]))
+    if not re.fullmatch(r"(\d+(,\d+)*)?", cfg.bench_lengths):
+        raise UsageError(f"--bench_lengths={cfg.bench_lengths}: give numbers, as in 1024,8192")
+    lengths = [int(n) for n in (cfg.bench_lengths or str(base.block_size)).split(",")]
+    jobs = [
+        settle(given | dict(block_size=T, attention=path, preset=preset))
+        for T in lengths
+        for path in (cfg.bench_paths or base.attention).split(",")
+        for preset in cfg.bench.split(",")
+    ]  # all of them now: a wrong name is to fail before minutes of timing, not after
     budget = cfg.batch_size * base.block_size  # tokens of a step, at every length
     print(f"{machine.name}, {str(machine.dtype)[6:]}, torch {torch.__version__}, {cfg.optimizer}\n")
     print("| T | rows | path | preset | window | tok/s | MFU | peak GB | x rope | FLOPs allow |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     found, rope = [], {}
-    for T in [int(n) for n in (cfg.bench_lengths or str(base.block_size)).split(",")]:
-        for path in cfg.bench_paths.split(","):
-            for preset in presets:
-                asked = given | dict(preset=preset, block_size=T, attention=path)
-                cfg, model_cfg = settle(asked)
-                row = dict(T=T, rows=max(1, budget // T), path=path, preset=preset)
-                row |= time_steps(cfg, model_cfg, row["rows"], machine)
-                full = rope.setdefault(T, row) if preset == "rope" else rope.get(T)
-                if full:
-                    row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
-                    row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
-                found.append(row)
-                cells = [T, row["rows"], path, preset, model_cfg.window]
-                for key, form in dict(tokens_per_second=",.0f", mfu=".1%", peak_gb=".2f",
-                                      x_rope=".2f", flops_allow=".2f").items():  # fmt: skip
-                    cells.append(format(row[key], form) if row.get(key) else "-")
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    forms = dict.fromkeys(("peak_gb", "x_rope", "flops_allow"), ".2f")
+    forms = dict(tokens_per_second=",.0f", mfu=".1%") | forms
+    for cfg, model_cfg in jobs:
+        T = model_cfg.block_size
+        row = dict(T=T, rows=max(1, budget // T), path=model_cfg.attention, preset=cfg.preset)
+        row |= dict(window=model_cfg.window) | time_steps(cfg, model_cfg, row["rows"], machine)
+        full = rope.setdefault(T, row) if cfg.preset == "rope" else rope.get(T)
+        if full:
+            row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
+            row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
+        found.append(row)
+        cells = [str(row[key]) for key in ("T", "rows", "path", "preset", "window")]
+        cells += [format(row[key], form) if row.get(key) else "-" for key, form in forms.items()]
+        print("| " + " | ".join(cells) + " |", flush=True)
     if cfg.out_dir:
         about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
