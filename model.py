@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class UsageError(ValueError):
@@ -554,6 +555,14 @@ class GPT(nn.Module):
         return x[:, -1]
 
     @torch.no_grad()
+    def decode(self, token, caches, start):
+        """Read one more token (B, 1), at position start, into the caches; its state (B, d)."""
+        # Not cuDNN, the first choice on Hopper: it plans anew, 8 ms, for every length of keys.
+        kernels = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+        with sdpa_kernel(list(kernels)):
+            return self.body(token, caches, start)[:, -1]
+
+    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
                  generator=None):
         """Continue idx (B, T) by up to max_new_tokens: (B, T + n). temperature 0 is greedy.
@@ -571,7 +580,7 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), 1)
             if n + 1 == max_new_tokens or ended.all():
                 break
-            x = self.body(token, caches, idx.size(1) - 1)[:, -1]
+            x = self.decode(token, caches, idx.size(1) - 1)
         return idx
 
 

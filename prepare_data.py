@@ -12,6 +12,7 @@ Does NOT include: shuffling (train.py draws windows at random), filtering, dedup
 
 import argparse
 import base64
+import codecs
 import difflib
 import hashlib
 import heapq
@@ -93,6 +94,14 @@ def run_main(main):
     except UsageError as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(
+                r"out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"{script}: out of memory: lower --batch_size (and raise "
+              "--gradient_accumulation_steps), --block_size, --max_multiple or --cost_rows",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -135,6 +144,7 @@ SOURCES = {
 HASHES = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
           "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}
 TIMEOUT = 30  # seconds without a byte
+MAX_BYTES = 8 << 30  # of a download, or of what an archive unpacks to: its sender is not trusted
 
 
 def sha256_of(path):
@@ -166,6 +176,8 @@ def download(url, path, sha256=None):
                 while chunk := reply.read(1 << 18):
                     have += out.write(chunk)
                     bar.update(len(chunk))
+                    if have > MAX_BYTES:
+                        raise ValueError(f"it is longer than {MAX_BYTES} bytes")
         if due and have < due:
             raise OSError(f"cut off after {have} of {due} bytes, run again to resume")
         if sha256 and sha256_of(part) != sha256:
@@ -184,8 +196,11 @@ def unzip(archive):
     """Unpack the member called as the archive is, less .zip, beside it. Returns its path."""
     path = archive.with_suffix("")
     try:
-        if not path.exists():
-            write_atomically(path, zipfile.ZipFile(archive).read(path.name))
+        with zipfile.ZipFile(archive) as opened:
+            if opened.getinfo(path.name).file_size > MAX_BYTES:
+                raise KeyError(f"it unpacks to more than {MAX_BYTES} bytes")
+            if not path.exists():
+                write_atomically(path, opened.read(path.name))
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise UsageError(f"{archive} is no zip of {path.name} ({error}): delete it") from None
     return path
@@ -324,14 +339,15 @@ def read_slices(file):
     """Yield the text of a File, in slices of about SLICE bytes that end with a line."""
     if file.stop == 0:
         raise UsageError(f"{file.path} is empty")
+    decode = codecs.getincrementaldecoder("utf-8")().decode  # a slice may end inside a character
     with open(file.path, "rb") as opened:
         opened.seek(file.start)
         while chunk := opened.read(min(SLICE, file.stop - opened.tell())):
-            chunk += opened.readline(file.stop - opened.tell())
+            chunk += opened.readline(min(SLICE, file.stop - opened.tell()))
             if b"\0" in chunk:
                 raise UsageError(f"{file.path} is not text")
             try:
-                yield chunk.decode()
+                yield decode(chunk, final=opened.tell() == file.stop)
             except UnicodeDecodeError:
                 raise UsageError(f"{file.path} is not UTF-8 text") from None
 

@@ -147,12 +147,11 @@ class Run:
 
 def probe_loss(run, length, _depth=None):
     """Nats on the last T / 4 tokens of each row -> {bits_per_byte, perplexity (per token)}."""
-    n, nats, size = max(1, run.T // 4), 0.0, token_bytes(run.enc)
-    rows = run.rows(length)
+    rows, n, nats = run.rows(length), max(1, run.T // 4), 0.0
     for logits, y in run.predict(rows, n):
         nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     targets = rows[:, -n:]
-    bits = nats / math.log(2) / size[targets].sum()
+    bits = nats / math.log(2) / token_bytes(run.enc)[targets].sum()
     return dict(bits_per_byte=bits, perplexity=math.exp(nats / targets.size))
 
 
@@ -192,7 +191,7 @@ def probe_cost(run, length, _depth=None):
                 run.machine.sync()
                 halfway = time.perf_counter()
             token = sample_token(model.head(x), temperature=0)
-            x = model.body(token, caches, length + n)[:, -1]
+            x = model.decode(token, caches, length + n)
         run.machine.sync()
         ended = time.perf_counter()
     return dict(

@@ -595,6 +595,13 @@ def train(given):
                 if machine.main:
                     save_checkpoint(folder, model, optimizers, cfg, step, best)
                 clock, done = time.time(), 0
+    except RuntimeError as e:
+        if machine.world == 1 or "memory" in str(e):
+            raise
+        raise UsageError(
+            f"rank {machine.rank} lost another process at step {step} ({str(e).splitlines()[0]}): "
+            f"see what that one said, then --resume --out_dir={folder}"
+        ) from None
     finally:
         batches.close()
         log.bar.close()

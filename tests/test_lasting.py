@@ -1,0 +1,105 @@
+"""A run survives what happens to processes: kill -9, Ctrl-C, a dead peer, a long life."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, TINY
+
+from train import load_checkpoint
+
+KILLS = int(os.environ.get("KILLS", 3))  # KILLS=30 is the full loop, about four minutes
+
+
+def start(data_dir, folder, *flags, **env):
+    argv = [*TINY, f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={folder}", *flags]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", **env),
+    )  # fmt: skip
+
+
+def losses(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(data_dir, tmp_path):
+    flags = ["--max_iters=400", "--eval_interval=20"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(data_dir, whole, *flags).wait(120) == 0
+    moments, kills = random.Random(0), 0
+    while kills < KILLS:
+        resume = ["--resume"] if (killed / "ckpt.pt").exists() else []
+        run = start(data_dir, killed, *flags, *resume)
+        saved = killed / "ckpt.pt"
+        before = saved.stat().st_mtime if saved.exists() else 0
+        while run.poll() is None and not (saved.exists() and saved.stat().st_mtime > before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        run.kill()
+        run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL)
+        kills += 1
+        if load_checkpoint(killed)["step"] == 400:
+            break
+    if load_checkpoint(killed)["step"] < 400:
+        assert start(data_dir, killed, *flags, "--resume").wait(120) == 0
+    assert losses(killed) == losses(whole)
+    a, b = load_checkpoint(whole)["model"], load_checkpoint(killed)["model"]
+    assert all(a[k].equal(b[k]) for k in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
+    run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_interval=10")
+    while not (tmp_path / "run" / "ckpt.pt").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0 and not err
+    step = load_checkpoint(tmp_path / "run")["step"]
+    assert f"stopped at step {step}" in out and "--resume --out_dir=" in out
+
+
+def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    flags = ["--max_iters=100000", "--gradient_accumulation_steps=2", "--eval_interval=10"]
+    ranks = [start(data_dir, tmp_path / "run", *flags, RANK=r, LOCAL_RANK=r, **env) for r in "01"]
+    while not (tmp_path / "run" / "ckpt.pt").exists():
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.02)
+    ranks[1].kill()
+    _, err = ranks[0].communicate(timeout=60)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 2
+    assert "train.py: rank 0 lost another process" in err and "Traceback" not in err
+    load_checkpoint(tmp_path / "run")
+
+
+def test_a_long_run_keeps_its_memory_and_its_files(data_dir, tmp_path):
+    steps = int(os.environ.get("SOAK", 600))  # SOAK=20000 is the full one
+    flags = [f"--max_iters={steps}", "--eval_interval=50", "--log_interval=50"]
+    run = start(data_dir, tmp_path / "run", *flags)
+    process, seen = psutil.Process(run.pid), []
+    while run.poll() is None:
+        if (tmp_path / "run" / "ckpt.pt").exists():
+            try:
+                seen.append((process.memory_info().rss, process.num_fds()))
+            except psutil.Error:
+                break
+        time.sleep(0.05)
+    assert run.wait() == 0 and len(seen) > 10
+    early, late = seen[len(seen) // 4], seen[-2]
+    assert late[0] < 1.1 * early[0] and late[1] <= early[1] + 2
