@@ -256,7 +256,6 @@ def attend_flash(q, k, v, window=None, chunked=False):
 # Positions
 
 
-@torch.compiler.assume_constant_result  # or the compiler would redo sin and cos in every kernel
 def rotary(start, T, head_dim, theta, device):
     """cos and signed sin of the RoPE angles at positions start .. start + T - 1: (2, T, 1, D).
 
@@ -268,6 +267,12 @@ def rotary(start, T, head_dim, theta, device):
     cos, sin = angles.cos(), angles.sin()
     pairs = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)  # (T, D / 2, 2) each
     return torch.stack(pairs).flatten(2)[:, :, None]
+
+
+@torch.compiler.assume_constant_result  # or the compiler would redo sin and cos in every kernel
+def rotaries(start, T, head_dim, thetas, device):
+    """rotary for each of several bases: (len(thetas), 2, T, 1, D)."""
+    return torch.stack([rotary(start, T, head_dim, theta, device) for theta in thetas])
 
 
 def rotate(x, cos, sin):
@@ -463,8 +468,9 @@ class GPT(nn.Module):
         """
         c = self.config
         device = self.wte.weight.device
-        thetas = {block.attn.theta for block in self.blocks if block.attn.rope}
-        rotations = {theta: rotary(start, T, c.head_dim, theta, device) for theta in thetas}
+        thetas = tuple(sorted({block.attn.theta for block in self.blocks if block.attn.rope}))
+        rotated = rotaries(start, T, c.head_dim, thetas, device) if thetas else ()
+        rotations = dict(zip(thetas, rotated, strict=True))
         pos, scale = torch.arange(start, start + T, device=device), None
         if c.log_scale:
             scale = ((pos + 1).log() / math.log(max(2, c.block_size))).clamp(min=1)

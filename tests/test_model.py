@@ -655,3 +655,31 @@ def test_a_model_may_be_run_far_beyond_its_training_length():
     assert logits(model, tokens(1, 500)).isfinite().all()
     longer = GPT(replace(model.config, block_size=4096))
     longer.load_state_dict(model.state_dict())  # no table of positions among the weights
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_training_step_compiles_whole_and_changes_nothing(preset, monkeypatch):
+    """fullgraph: one graph break is an error. aot_eager: traced as for a GPU, run as it is."""
+    monkeypatch.setattr(m, "LOSS_SLICE", 64 * 20)  # several slices of the loss
+    torch.compiler.reset()
+    found, idx = [], tokens(2, 37)
+    for whole in (False, True):
+        model = build(**PRESETS[preset], n_layer=len(PRESETS[preset]["pattern"]))
+        run = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+        loss = (run if whole else model)(idx, tokens(2, 37, 1))[1]
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 decoding needs a CUDA device")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cached_logits_equal_uncached_in_bf16(preset):
+    model = build(scale=1, **PRESETS[preset] | dict(n_embd=128)).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        for prompt in (1, 5, 23):
+            idx = tokens(2, 33).cuda()
+            got, _ = step_by_step(model, idx, prompt)
+            want = logits(model, idx)[:, prompt - 1 :]
+            assert (got - want).norm() < 2e-2 * want.norm()
