@@ -6,14 +6,15 @@ where their positions come from and how far they see.
     RoPE layer                      letter R: rotated queries and keys, sees everything before it
     NoPE layer                      letter N: no position signal at all, sees everything before it
     SWA layer                       letter S: rotated, sees the last `window` keys, itself included
+    W, the window                   window
     RNoPE-SWA (3 : 1)               pattern "SSSN", tiled over the layers; preset "rnope-swa"
     RoPE base, theta                rope_theta
     QK-Norm                         qk_norm, on rotated layers, before the rotation
     (not in the paper)              W: a window without positions; C: rotated, chunked (Llama 4)
 
 Shapes: B rows, T query tokens, S key tokens (S >= T: the queries are the last T of them), H query
-heads, G key/value heads (H % G == 0), D = n_embd / n_head, V vocabulary. Attention tensors are
-(B, T, H, D).
+heads, G = n_kv_head key/value heads (H % G == 0), d = n_embd, D = d / H, V vocabulary. Attention
+tensors are (B, T, H, D).
 
 In a notebook:
     model = GPT(ModelConfig(**PRESETS["rnope-swa"], vocab_size=512, n_layer=4, n_embd=128))
@@ -42,7 +43,7 @@ def flag(default, help, **more):
 
 
 def check_ranges(config):
-    """Hold every field against the `choices`, `least` and `above` its flag names: UsageError."""
+    """Hold every field against the choices, least, most and above its flag names: UsageError."""
     for f in fields(config):
         value, rule = getattr(config, f.name), f.metadata
         if value not in rule.get("choices", [value]):
@@ -51,19 +52,21 @@ def check_ranges(config):
             raise UsageError(f"--{f.name}={value}: it must be {rule['least']} or more")
         if "above" in rule and not rule["above"] < value < math.inf:
             raise UsageError(f"--{f.name}={value}: it must be more than {rule['above']}")
+        if "most" in rule and value > rule["most"]:
+            raise UsageError(f"--{f.name}={value}: it must be {rule['most']} or less")
 
 
-class Kind(NamedTuple):
+class LayerKind(NamedTuple):
     rope: bool  # rotate queries and keys by position?
     span: str  # "full", "window" or "chunk"
 
 
 LAYERS = {
-    "R": Kind(True, "full"),
-    "N": Kind(False, "full"),
-    "S": Kind(True, "window"),
-    "W": Kind(False, "window"),
-    "C": Kind(True, "chunk"),
+    "R": LayerKind(True, "full"),
+    "N": LayerKind(False, "full"),
+    "S": LayerKind(True, "window"),
+    "W": LayerKind(False, "window"),
+    "C": LayerKind(True, "chunk"),
 }
 
 PRESETS = {
@@ -176,24 +179,31 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     path: "mask" is the definition, S x T memory; "blocks" and "flash" are linear in S. "auto" is
     flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
     """
-    S = k.size(1)
-    flash_runs = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    S, D = k.size(1), q.size(-1)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    flash_runs = q.is_cuda and half and D % 8 == 0 and D <= 256
     if path == "flash" and not flash_runs:
-        raise UsageError("--attention=flash needs CUDA and --dtype=bfloat16 or float16")
+        raise UsageError("--attention=flash needs CUDA, bfloat16, and heads of 8, 16, ... 256")
+    if path == "auto":
+        path = "flash" if flash_runs else "blocks"
     if path == "mask":
         return attend_mask(q, k, v, window, chunked)
-    flash = flash_runs and path != "blocks"
     if window is None or window >= S:  # nothing is out of sight
         if q.size(1) == S:
             return sdpa(q, k, v, causal=True)
-        return (attend_flash if flash else attend_mask)(q, k, v)
-    return (attend_flash if flash else attend_blocks)(q, k, v, window, chunked)
+        # Not is_causal: SDPA takes the queries for the first of the keys, here they are the last.
+        return attend_flash(q, k, v) if path == "flash" else attend_mask(q, k, v)
+    if path == "flash":
+        return attend_flash(q, k, v, window, chunked)
+    return attend_blocks(q, k, v, window, chunked)
 
 
 def sdpa(q, k, v, mask=None, causal=False):
     """torch's scaled_dot_product_attention on (B, T, H, D) tensors, with G <= H key/value heads."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
     gqa = q.size(1) != k.size(1)
+    if gqa and q.is_cuda and q.dtype == torch.float32:  # no kernel linear in memory has both
+        k, v, gqa = *(x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v)), False
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
     return y.transpose(1, 2)
 
@@ -208,27 +218,30 @@ def attend_mask(q, k, v, window=None, chunked=False):
 def attend_blocks(q, k, v, window, chunked=False):
     """Blocks of queries against the few keys they can see: linear memory in plain SDPA.
 
-    A block of b queries needs its own b keys and the `back` before them. All blocks but the first
-    look alike, so they go through SDPA as one batch under one mask of b x (back + b).
+    keys      |--back--|--block--|                     A block of queries needs its own keys and
+    queries            |--block--|                     the `back` before them. All blocks but the
+    keys               |--back--|--block--|            first look alike: one batch for SDPA, under
+    queries                     |--block--|            one mask of block x (back + block).
     """
     T, early = q.size(1), k.size(1) - q.size(1)  # early: keys from before the first query
-    back = 0 if chunked else window
-    b = window if chunked else max(window, 128)  # small windows: fewer, fuller blocks
-    drop = early // b * b if chunked else max(0, early - back)  # no query sees those
-    k, v, early = k[:, drop:], v[:, drop:], early - drop
-    first = min(T, b - early if chunked else b)  # chunked: what is left of the chunk begun
-    head = early + first
-    y = attend_mask(q[:, :first], k[:, :head], v[:, :head], window, chunked)
+    if chunked:
+        back, block, drop = 0, window, early // window * window
+        first = min(T, block - (early - drop))  # what is left of the chunk begun
+    else:
+        back, block, drop = window, max(window, 128), max(0, early - window)  # 128: fuller blocks
+        first = min(T, block)
+    k, v, end = k[:, drop:], v[:, drop:], early - drop + first  # no query sees those dropped
+    y = attend_mask(q[:, :first], k[:, :end], v[:, :end], window, chunked)
     if first == T:
         return y
-    n = -(-(T - first) // b)  # blocks still to do
-    pad = (0, 0, 0, 0, 0, n * b - (T - first))  # padded keys come last: the causal rule hides them
-    q = F.pad(q[:, first:], pad).unflatten(1, (n, b)).flatten(0, 1)  # (B n, b, H, D)
+    n = -(-(T - first) // block)  # blocks still to do
+    pad = (0, 0, 0, 0, 0, n * block - (T - first))  # padded keys come last: they are never seen
+    q = F.pad(q[:, first:], pad).unflatten(1, (n, block)).flatten(0, 1)  # (B n, block, H, D)
     k, v = (
-        F.pad(x[:, head - back :], pad).unfold(1, back + b, b).movedim(-1, 2).flatten(0, 1)
+        F.pad(x[:, end - back :], pad).unfold(1, back + block, block).movedim(-1, 2).flatten(0, 1)
         for x in (k, v)
-    )  # (B n, back + b, G, D)
-    j = torch.arange(back + b, device=q.device)
+    )  # (B n, back + block, G, D)
+    j = torch.arange(back + block, device=q.device)
     rest = sdpa(q, k, v, mask=visible(j[back:, None], j, window, chunked))
     rest = rest.unflatten(0, (-1, n)).flatten(1, 2)[:, : T - first]
     return torch.cat((y, rest), 1)
@@ -287,9 +300,9 @@ class Cache:
     size is the longest length to be held on a full layer, the window on the others.
     """
 
-    def __init__(self, shape, chunked, **like):
+    def __init__(self, shape, span, **like):
         self.k, self.v = torch.empty(shape, **like), torch.empty(shape, **like)  # (B, size, G, D)
-        self.chunked = chunked
+        self.windowed, self.chunked = span == "window", span == "chunk"
 
     def update(self, k, v, start):
         """Store the n tokens from position `start`; return all keys and values they may see.
@@ -299,6 +312,8 @@ class Cache:
         """
         n, size = k.size(1), self.k.size(1)
         slots = torch.arange(start, start + n, device=k.device)[-size:] % size
+        if not self.chunked and not self.windowed and start + n > size:
+            raise ValueError(f"this cache was made for {size} tokens, not {start + n}")
         begun = start % size if self.chunked else start  # tokens held that may still be seen
         if n > 1 and begun + n > size:  # the slots wrap round: join old and new in order
             old = torch.arange(start - min(begun, size), start, device=k.device) % size
@@ -344,19 +359,19 @@ class Attention(nn.Module):
         self.q_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
         self.k_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
 
-    def qkv(self, x, rotation, nope_scale):
+    def qkv(self, x, rotation, q_scale):
         """x (B, T, d) -> q (B, T, H, D), k and v (B, T, G, D), positioned and ready to attend."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.rope:
-            q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-        elif nope_scale is not None and self.letter == "N":
-            # No position signal here: this layer must find tokens by content, at any distance.
-            # The more keys compete, the sharper its softmax has to be to keep finding one of them.
-            q = (q * nope_scale[:, None, None]).to(q.dtype)
+            return rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation), v
+        # No position signal here: this layer must find tokens by content, at any distance.
+        if q_scale is not None and self.letter == "N":
+            # The more keys compete, the sharper the softmax has to be to keep finding one of them.
+            q = (q * q_scale[:, None, None]).to(q.dtype)
         return q, k, v
 
-    def forward(self, x, rotation, nope_scale, cache=None, start=0):
-        q, k, v = self.qkv(x, rotation, nope_scale)
+    def forward(self, x, rotation, q_scale, cache=None, start=0):
+        q, k, v = self.qkv(x, rotation, q_scale)
         if cache is not None:
             k, v = cache.update(k, v, start)
         if cache is not None and q.size(1) == 1:
@@ -388,9 +403,9 @@ class Block(nn.Module):
         self.attn = Attention(config, letter)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, *where):
+    def forward(self, x, rotation, q_scale, cache=None, start=0):
         h = self.ln(x)
-        return x + self.attn(h, *where) + self.mlp(h)
+        return x + self.attn(h, rotation, q_scale, cache, start) + self.mlp(h)
 
 
 LOSS_SLICE = 2**29  # logits in memory at once while a loss is computed
@@ -462,7 +477,7 @@ class GPT(nn.Module):
     def positions(self, T, start=0):
         """What the layers need to know of positions start .. start + T - 1.
 
-        Returns ({theta: rotary(...)}, nope_scale): the rotations the R, S and C layers ask for, and
+        Returns ({theta: rotary(...)}, q_scale): the rotations the R, S and C layers ask for, and
         the factor (T,) on the queries of N layers, or None. Sources: log_scale, SWAN-GPT
         (arXiv 2504.08719) and arXiv 2404.12224; attn_scale, Llama 4.
         """
@@ -549,13 +564,15 @@ class GPT(nn.Module):
         """Empty caches, one a layer, for B rows of at most T tokens."""
         c, like = self.config, dict(dtype=self.dtype, device=self.wte.weight.device)
         return [
-            Cache((B, self.cache_size(x, T), c.n_kv_head, c.head_dim), x == "C", **like)
+            Cache((B, self.cache_size(x, T), c.n_kv_head, c.head_dim), LAYERS[x].span, **like)
             for x in c.layers
         ]
 
     @torch.no_grad()
     def prefill(self, idx, caches, start=0, slice=4096):
         """Read a prompt (B, T) into the caches, `slice` tokens at a time; its last state (B, d)."""
+        if not idx.size(1):
+            raise UsageError("an empty prompt: give one token at least")
         for a in range(0, idx.size(1), slice):
             x = self.body(idx[:, a : a + slice], caches, start + a)
         return x[:, -1]
@@ -640,9 +657,12 @@ class GPT(nn.Module):
         for key, value in HF_FIXED.items():
             if hf.get(key, value) != value or key == "model_type" and key not in hf:
                 raise UsageError(f"{folder} has {key} {hf.get(key)}: only {value} can be read")
-        rope = hf.get("rope_parameters") or dict(rope_theta=hf.get("rope_theta", 1e4))
+        rope = hf.get("rope_parameters") or {k: hf[k] for k in ("rope_theta",) if k in hf}
         if rope.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
             raise UsageError(f"{folder} scales its RoPE ({rope}): that cannot be read")
+        absent = {*HF_CONFIG.values()} - {*hf} or {"rope_theta"} - {*rope}
+        if absent:
+            raise UsageError(f"{folder}/config.json does not say {', '.join(sorted(absent))}")
         n = hf["num_hidden_layers"]
         every = hf.get("sliding_window_pattern") or 4  # configs older than layer_types
         kinds = hf.get("layer_types") or [
@@ -650,7 +670,7 @@ class GPT(nn.Module):
         ]
         letters = "".join("S" if kind == "sliding_attention" else "N" for kind in kinds)
         tiles = (letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
-        known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
+        known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
         known |= dict(pattern=next(tiles), rope_theta=rope["rope_theta"])
         config = ModelConfig(**known | override)
         with torch.device("meta"):  # no weights yet: they are about to be assigned

@@ -65,9 +65,10 @@ def parse_flags(configs, argv, description="", epilog=""):
         default, positional = field.default, field.metadata.get("positional")
         options = {k: v for k, v in field.metadata.items() if k in ("help", "choices")}
         kind = (typing.get_args(field.type) or (field.type,))[0]  # of X | None and tuple[X, ...]
-        options["type"] = finite if kind is float else kind
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = finite if kind is float else kind
         if isinstance(default, tuple):
             options["nargs"] = "*" if positional else "+"
             default = " ".join(map(str, default))
@@ -109,6 +110,12 @@ def run_main(main):
         # The reader (head, less) has left. Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ImportError as error:
+        print(f"{script}: {error}: pip install -e '.[plot,hf]' has it", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{script}: {error}: make room, or choose another folder", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_atomically(path, data):
@@ -313,7 +320,7 @@ class DataConfig:
     data_dir: str = flag("data", "folder of all prepared datasets and of downloads/")
     name: str = flag("", "folder to make in data_dir (default: after dataset and tokenizer)")
     val_frac: float = flag(0.0, "share held out, where the corpus has no validation split; 0: "
-                           "0.1 of shakespeare and enwik8, else 0.05", least=0)
+                           "0.1 of shakespeare and enwik8, else 0.05", least=0, most=0.9)
     books: int = flag(200, "pg19: how many of its 28,602 training books", least=1)
     shards: int = flag(1, "fineweb10B: how many of its 103 shards of 100M training tokens", least=1)
 
@@ -501,8 +508,6 @@ def check_config(cfg):
         raise UsageError("--dataset takes one known name, or paths only (./python is a path)")
     if known == ["fineweb10B"] and cfg.tokenizer != "gpt2":
         raise UsageError("fineweb10B comes as GPT-2 tokens: add --tokenizer=gpt2")
-    if cfg.val_frac >= 1:
-        raise UsageError(f"--val_frac={cfg.val_frac} is no share: it must be below 1")
     tokenizer = "" if cfg.tokenizer == "byte" else f"-{cfg.tokenizer}"
     name = cfg.name or (known[0] if known else Path(cfg.dataset[0]).resolve().stem) + tokenizer
     if name != Path(name).name or name in ("", "..", "downloads"):
@@ -549,7 +554,7 @@ def prepare(cfg):
             raise UsageError(f"{folder} has other settings: use another --name, or delete it")
         print(f"{folder} is already made from these settings; delete it to make it anew")
         return folder
-    partial = folder.with_name(folder.name + ".partial")  # renamed at the end
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # renamed at the end
     meta = dict(dataset=settings["dataset"], tokenizer=cfg.tokenizer, settings=settings)
     try:
         if cfg.tokenizer == "gpt2":
@@ -561,7 +566,6 @@ def prepare(cfg):
         enc = encoding(meta)
         dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
         meta |= dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype=dtype)
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for split in ("train", "val"):
             chosen = [file for file in files if file.split == split]
@@ -571,7 +575,8 @@ def prepare(cfg):
         write_atomically(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
         os.replace(partial, folder)
     except OSError as error:
-        raise UsageError(f"cannot make {folder}: {error}") from error
+        if not folder.exists():  # another process may have made it meanwhile
+            raise UsageError(f"cannot make {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -583,6 +588,13 @@ class Data(NamedTuple):
     train: np.memmap  # (train_tokens,) token ids
     val: np.memmap  # (val_tokens,)
     enc: tiktoken.Encoding
+
+    def rows(self, tokens, starts, length):
+        """Stretches of train or val: (len(starts), length) token ids."""
+        rows = np.stack([tokens[start : start + length] for start in starts])
+        if rows.max() >= self.enc.n_vocab:
+            raise UsageError(f"{self.folder} holds ids beyond its vocabulary: make it anew")
+        return rows
 
 
 def load_data(folder):

@@ -87,8 +87,9 @@ class HubTokenizer:
 
         try:
             self.inner = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as e:
-            raise UsageError(f"{folder} has no readable tokenizer ({type(e).__name__})") from e
+            assert self.inner.encode("a", add_special_tokens=False)
+        except (OSError, ValueError, KeyError, AssertionError):
+            raise UsageError(f"{folder} has no tokenizer: it can do --probe=cost only") from None
         self.n_vocab, self.eot_token = len(self.inner), self.inner.eos_token_id
 
     def encode_to_numpy(self, text, disallowed_special=()):
@@ -106,34 +107,38 @@ class Run:
         changed = {k: v for k, v in changed.items() if v is not None}
         self.folder, self.machine, self.cfg = Path(folder), machine, cfg
         self.train, self.meta = TrainConfig(), None
-        if (self.folder / "config.json").exists() and not (self.folder / "ckpt.pt").exists():
+        about = self.folder / "config.json"
+        if about.exists() and "model_type" in json.loads(about.read_text()):
             self.model = GPT.from_pretrained(folder, **changed).to(machine.device)
-            self.enc = HubTokenizer(folder)
         else:
             self.model, self.train, self.meta = load_run(folder, machine.device, **changed)
-            self.enc = encoding(self.meta)
         self.T = self.model.config.block_size
 
     @cached_property
-    def val(self):
+    def enc(self):
+        return encoding(self.meta) if self.meta else HubTokenizer(self.folder)
+
+    @cached_property
+    def data(self):
         if self.meta is None:
             raise UsageError(f"{self.folder} names no text to score: use --prompt or --probe=cost")
         folder = Path(self.train.data_dir) / self.train.dataset
         data = load_data(folder)
         if data.meta["val_sha256"] != self.meta["val_sha256"]:
             raise UsageError(f"{folder} is not the text that {self.folder} was trained on")
-        return data.val
+        return data
 
     def rows(self, length):
         """(samples, length + 1) token ids of val, ending at the same tokens at every length."""
         longest = self.T * self.cfg.max_multiple + 1
-        if longest > len(self.val):
+        val = self.data.val
+        if longest > len(val):
             raise UsageError(
-                f"val has {len(self.val)} tokens, {self.cfg.max_multiple}x asks for {longest}: use "
-                f"--max_multiple={max(1, (len(self.val) - 1) // self.T)} at most"
+                f"val has {len(val)} tokens, {self.cfg.max_multiple}x asks for {longest}: use "
+                f"--max_multiple={max(1, (len(val) - 1) // self.T)} at most"
             )
-        ends = np.linspace(longest, len(self.val), self.cfg.samples).astype(int)
-        return np.stack([self.val[end - length - 1 : end] for end in ends])
+        ends = np.linspace(longest, len(val), self.cfg.samples).astype(int)
+        return self.data.rows(val, ends - length - 1, length + 1)
 
     @torch.no_grad()
     def predict(self, rows, n):
@@ -180,7 +185,7 @@ def probe_cost(run, length, _depth=None):
     (ids,) = run.machine.put(ids)
     with run.machine.autocast():
         caches = model.new_caches(B, length + 2 * steps)
-        model.prefill(ids[:, :256], model.new_caches(B, length))  # warm up
+        model.prefill(ids[:, :4096], model.new_caches(B, min(length, 4096)))  # warm up
         run.machine.sync()
         began = time.perf_counter()
         x = model.prefill(ids, caches)
@@ -248,9 +253,9 @@ def lines_of(runs):
         differ = {"seed", "init_from", *RESUMABLE}
         groups[str({k: v for k, v in same.items() if k not in differ})].append(run)
     for group in groups.values():
-        first = group[0].folder
-        label = str(first) if first.name in lines else first.name
-        lines[label + (f" ({len(group)} seeds)" if len(group) > 1 else "")] = group
+        first, seeds = group[0].folder, f" ({len(group)} seeds)" if len(group) > 1 else ""
+        label = first.name + seeds
+        lines[str(first) + seeds if label in lines else label] = group
     return lines
 
 
@@ -331,7 +336,8 @@ def draw(lines, cfg, path):
         grid = np.mean([[c["accuracy"] for c in r.found["heatmap"].values()] for r in runs], 0)
         grid = grid.reshape(-1, len(DEPTHS)).T
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(range(grid.shape[1]), [f"{2**i}x" for i in range(grid.shape[1])])
+        multiples = dict.fromkeys(cell.split(",")[0] for cell in runs[0].found["heatmap"])
+        axis.set_xticks(range(len(multiples)), [f"{m}x" for m in multiples])
         axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
         axis.set(xlabel="context", ylabel="depth of the fact", title=label)
     if maps:

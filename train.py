@@ -3,11 +3,11 @@
     python train.py                                      # RNoPE-SWA on the default text
     python train.py --preset=rope                        # the baseline, everything else equal
     python train.py --init_from=out/rnope-swa --block_size=8192       # the paper's second stage
-    torchrun --standalone --nproc_per_node=8 train.py    # data parallel
+    torchrun --standalone --nproc_per_node=8 train.py --gradient_accumulation_steps=8
     python train.py --bench=rope,rnope-swa --bench_lengths=1024,8192  # speed, nothing is trained
 
-A run lives in out/NAME: config.json and meta.json (how it was made), log.jsonl (what it did) and
-ckpt.pt (where it stands). The batch of a step is a pure function of the seed and the step, so
+A run lives in out/NAME: config.json (how it was made), log.jsonl (what it did) and ckpt.pt (where
+it stands). The batch of a step is a pure function of the seed and the step, so
 resuming needs no position in the data, and N processes see the batches that one would.
 """
 
@@ -23,6 +23,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,9 @@ class TrainConfig:
         1, "micro-batches of a step, over all processes together", least=1
     )
     max_iters: int = flag(2000, "optimiser steps", least=1)
-    needle_frac: float = flag(0.2, "share of rows with planted facts and a question", least=0)
+    needle_frac: float = flag(
+        0.2, "share of rows with planted facts and a question", least=0, most=1
+    )
     needles: int = flag(4, "facts planted in such a row, one of them asked for", least=1)
     needle_digits: int = flag(7, "length of the number that each fact states", least=1)
     optimizer: str = flag(
@@ -73,8 +76,8 @@ class TrainConfig:
     min_lr: float = flag(0.0, "learning rate at the end; 0: a tenth of the peak", least=0)
     warmup_iters: int = flag(60, "steps of linear warm-up", least=0)
     weight_decay: float = flag(0.1, "on matrices only", least=0)
-    beta1: float = flag(0.9, "AdamW", least=0)
-    beta2: float = flag(0.95, "AdamW", least=0)
+    beta1: float = flag(0.9, "AdamW", least=0, most=0.9999)
+    beta2: float = flag(0.95, "AdamW", least=0, most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", least=0)
     eval_interval: int = flag(500, "steps between evaluations, each followed by a save", least=1)
     eval_iters: int = flag(10, "batches of an evaluation, always the same rows", least=1)
@@ -89,8 +92,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        if self.needle_frac > 1:
-            raise UsageError(f"--needle_frac={self.needle_frac}: it is a share, from 0 to 1")
         if self.min_lr > self.learning_rate:
             raise UsageError(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
 
@@ -111,6 +112,8 @@ class Machine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
             device = "mps" if torch.backends.mps.is_available() else device
+        if device == "cuda" and self.world > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             self.device = torch.device(device)
             torch.empty(1, device=self.device)
@@ -119,8 +122,6 @@ class Machine:
         self.cuda = self.device.type == "cuda"
         if self.cuda:
             torch.set_float32_matmul_precision("high")
-            if self.world > 1:
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
@@ -171,14 +172,12 @@ def settle(given, base=None):
     if scale == "auto":
         scale = "gpu" if Machine(given.get("device", "auto")).cuda else "cpu"
     preset = given.get("preset", TrainConfig.preset)
-    if scale not in SCALES or preset not in PRESETS:
-        name, known = ("scale", SCALES) if scale not in SCALES else ("preset", PRESETS)
-        raise UsageError(f"unknown {name} {given[name]!r}: choose from {', '.join(known)}")
-    chosen = SCALES[scale] | PRESETS[preset] | given | dict(scale=scale, preset=preset)
+    chosen = SCALES.get(scale, {}) | PRESETS.get(preset, {}) | given
+    chosen |= dict(scale=scale, preset=preset)
     flags = given if base else chosen
+    cfg = TrainConfig(**{f.name: chosen[f.name] for f in fields(TrainConfig) if f.name in chosen})
     model = {f.name: flags[f.name] for f in fields(ModelConfig) if f.name in flags}
-    train = {f.name: chosen[f.name] for f in fields(TrainConfig) if f.name in chosen}
-    return TrainConfig(**train), replace(base, **model) if base else ModelConfig(**model)
+    return cfg, replace(base, **model) if base else ModelConfig(**model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def make_batch(data, cfg, T, step, micro):
     """
     rng = np.random.default_rng((cfg.seed, step, micro))
     starts = rng.integers(0, len(data.train) - T, cfg.batch_size)
-    rows = np.stack([data.train[s : s + T + 1] for s in starts])
+    rows = data.rows(data.train, starts, T + 1)
     for r in np.flatnonzero(rng.random(cfg.batch_size) < cfg.needle_frac):
         task = needle_task(data.enc, rng, cfg.needles, cfg.needle_digits)
         rows[r] = plant(rows[r], task, rng).row
@@ -202,17 +201,10 @@ def make_batch(data, cfg, T, step, micro):
 def prefetch(make, jobs, ahead=8):
     """Yield make(*job) for each job in order, made by background threads a few jobs ahead."""
     with ThreadPoolExecutor(2) as pool:
-        waiting = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(make, *job))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        waiting = deque(pool.submit(make, *job) for job in islice(jobs, ahead))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(make, *job) for job in islice(jobs, 1))
 
 
 @torch.no_grad()
@@ -223,7 +215,7 @@ def evaluate(model, data, cfg, T, machine):
     total = torch.zeros(2, device=machine.device)
     for some in np.array_split(starts, -(-len(starts) // cfg.batch_size) or 1):
         if len(some):
-            rows = np.stack([data.val[s : s + T + 1] for s in some])
+            rows = data.rows(data.val, some, T + 1)
             with machine.autocast():
                 loss = model(*machine.put(rows[:, :-1], rows[:, 1:]))[1]
             total += torch.stack((loss, torch.ones_like(loss))) * len(some)
@@ -263,7 +255,9 @@ def make_optimizers(model, cfg):
 
 def compile_model(model, cfg, machine):
     """torch.compile where it is asked for and pays. fullgraph: a graph break is an error."""
-    if cfg.compile and machine.cuda:
+    if cfg.compile and machine.cuda and sys.platform != "win32":  # no Triton there
+        # DDP would cut the graph into buckets; one whole graph is worth more than their overlap.
+        torch._dynamo.config.optimize_ddp = False
         return torch.compile(model, fullgraph=True, dynamic=False)
     return model
 
@@ -302,12 +296,15 @@ def optimise(model, optimizers, batches, lr, cfg, machine):
 # Runs: what is kept of them
 
 
-def save_checkpoint(folder, model, optimizers, cfg, step, best):
-    """Write ckpt.pt beside and rename: the one before stays whole until the new one is."""
+def save_checkpoint(folder, model, optimizers, cfg, meta, step, best):
+    """Write ckpt.pt beside and rename: the one before stays whole until the new one is.
+
+    meta: what meta.json says of the text that the run was trained on.
+    """
     state = dict(
         step=step, best_val_loss=best, model_config=asdict(model.config), train_config=asdict(cfg),
         model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-        rng=torch.get_rng_state(),
+        rng=torch.get_rng_state(), meta=meta,
     )  # fmt: skip
     beside = folder / "ckpt.pt.tmp"
     try:
@@ -333,12 +330,12 @@ def load_checkpoint(folder):
     """The dict that save_checkpoint wrote, on the CPU; nothing in it is executed."""
     path = Path(folder) / "ckpt.pt"
     if not path.is_file():
-        raise UsageError(f"{path} is missing: {folder} holds no run of train.py")
+        raise UsageError(f"{path} is missing: {folder} holds no run, or none saved yet")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = ModelConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
-        if not {"step", "best_val_loss", "model", "optimizers", "rng"} <= set(state):
+        if not {"step", "best_val_loss", "model", "optimizers", "rng", "meta"} <= set(state):
             raise KeyError
     except Exception as e:  # torch.load raises many kinds; each means the same to the user
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
@@ -359,21 +356,11 @@ def load_weights(model, state, source):
 
 
 def load_run(folder, device="cpu", **override):
-    """A trained run, ready to use: (GPT, TrainConfig, meta.json). override: ModelConfig fields."""
+    """A trained run, ready to use: (GPT, TrainConfig, meta). override: fields of ModelConfig."""
     state = load_checkpoint(folder)
     model = GPT(replace(state["model_config"], **override))
     load_weights(model, state, folder)
-    return model.to(device).eval(), state["train_config"], load_meta(folder)
-
-
-def load_meta(folder):
-    """What a run remembers of the text it was trained on."""
-    try:
-        return json.loads((Path(folder) / "meta.json").read_text())
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{folder}/meta.json is missing or damaged: copy it from the run's dataset folder"
-        ) from None
+    return model.to(device).eval(), state["train_config"], state["meta"]
 
 
 def choose_out_dir(cfg):
@@ -383,7 +370,7 @@ def choose_out_dir(cfg):
             raise UsageError(f"{cfg.out_dir} holds a run: add --resume, or name another --out_dir")
         return Path(cfg.out_dir)
     name, n = Path("out") / cfg.preset, 2
-    while (name / "ckpt.pt").exists():
+    while (name / "config.json").exists():
         name, n = Path("out") / f"{cfg.preset}-{n}", n + 1
     return name
 
@@ -413,15 +400,10 @@ class Log:
         if machine.main:
             old = path.read_text().splitlines() if step and path.exists() else []
             # Steps after the checkpoint will be done again: their lines would come twice.
-            kept = [line for line in old if self.step_of(line) <= step]
-            write_atomically(path, "".join(line + "\n" for line in kept))
-
-    @staticmethod
-    def step_of(line):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # the last line of a run that was cut off may be half a line
-            return math.inf
+            # The last line of a run that was cut off may be half a line.
+            whole = [line for line in old if line.endswith("}")]
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+            write_atomically(path, "".join(kept))
 
     def write(self, text, passing=False, **record):
         """Show text; a passing one only every few seconds. A record goes to log.jsonl, always."""
@@ -476,72 +458,68 @@ def open_dataset(cfg, model_cfg):
     return data
 
 
-def begin(given, machine):
-    """Flags -> (cfg, data, model, optimizers, step, best) of a new run, or one that goes on."""
-    if given.get("resume"):
-        folder = given.get("out_dir") or str(newest_run())
-        state = load_checkpoint(folder)
-        cfg, model_cfg = replace(state["train_config"], out_dir=folder), state["model_config"]
+def begin(given):
+    """Flags -> (machine, cfg, data, model, optimizers, step, best): all that the loop needs."""
+    resumed = (given.get("out_dir") or str(newest_run())) if given.get("resume") else ""
+    source = resumed or given.get("init_from")
+    state = load_checkpoint(source) if source else None
+    if resumed:
+        cfg, model_cfg = replace(state["train_config"], out_dir=resumed), state["model_config"]
         saved = asdict(cfg) | asdict(model_cfg)
         for name, value in given.items():
             if name not in RESUMABLE and saved[name] != value:
                 raise UsageError(
-                    f"--{name}={value} contradicts {folder}, made with {saved[name]}: drop it"
+                    f"--{name}={value} contradicts {resumed}, made with {saved[name]}: drop it"
                 )
         cfg = replace(cfg, **{k: v for k, v in given.items() if k in RESUMABLE - {"resume"}})
-        data = open_dataset(cfg, model_cfg)
-        if data.meta["train_sha256"] != load_meta(folder)["train_sha256"]:
-            raise UsageError(f"{data.folder} is not the text that {folder} was trained on")
     else:
-        state = None
-        first = load_checkpoint(given["init_from"]) if given.get("init_from") else None
-        base = first and first["model_config"]
-        if first:  # a second stage goes on with the same text, unless another is named
-            kept = asdict(first["train_config"])
-            if given.get("preset", kept["preset"]) != kept["preset"]:
-                raise UsageError(f"--preset: {given['init_from']} is {kept['preset']} and stays so")
-            given = {k: kept[k] for k in ("preset", "dataset", "data_dir")} | given
-        cfg, model_cfg = settle(given, base)
-        data = open_dataset(cfg, model_cfg)
-        if not first and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
-            model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
-        cfg = replace(cfg, out_dir=str(choose_out_dir(cfg)))
+        if state:  # a second stage goes on with the same text and task, unless told otherwise
+            first = asdict(state["train_config"])
+            if given.get("preset", first["preset"]) != first["preset"]:
+                raise UsageError(f"--preset: {source} is {first['preset']} and stays so")
+            kept = "preset dataset data_dir needle_frac needles needle_digits"
+            given = {k: first[k] for k in kept.split()} | given
+        cfg, model_cfg = settle(given, state and state["model_config"])
+    machine = Machine(cfg.device, cfg.dtype)
+    data = open_dataset(cfg, model_cfg)
+    if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
+        model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:
         raise UsageError(
             f"{data.folder} has {data.meta['vocab_size']} token ids, the model only "
             f"{model_cfg.vocab_size}: use the text the run was trained on, or drop --vocab_size"
         )
+    for key in ("train_sha256",) if resumed else ("tokenizer", "ranks"):
+        if state and data.meta.get(key) != state["meta"].get(key):
+            raise UsageError(f"{data.folder} is not the text, or tokens, that {source} learnt from")
     if cfg.gradient_accumulation_steps % machine.world:
         raise UsageError(
             f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps} micro-batches cannot "
             f"be shared by {machine.world} processes: use a multiple of {machine.world}"
         )
+    if not resumed:
+        cfg = replace(cfg, out_dir=str(choose_out_dir(cfg)), dtype=str(machine.dtype)[6:])
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
     optimizers = make_optimizers(model, cfg)
-    if not state:
-        if first:
-            load_weights(model, first, cfg.init_from)
-        return cfg, data, model, optimizers, 0, math.inf
-    load_weights(model, state, cfg.out_dir)
+    if state:
+        load_weights(model, state, source)
+    if not resumed:
+        return machine, cfg, data, model, optimizers, 0, math.inf
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     torch.set_rng_state(state["rng"])
-    return cfg, data, model, optimizers, state["step"], state["best_val_loss"]
+    return machine, cfg, data, model, optimizers, state["step"], state["best_val_loss"]
 
 
 def train(given):
-    machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"))
-    cfg, data, model, optimizers, step, best = begin(given, machine)
+    machine, cfg, data, model, optimizers, step, best = begin(given)
     folder, T = Path(cfg.out_dir), model.config.block_size
     if machine.main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            about = describe(cfg, model, machine)
-            write_atomically(folder / "meta.json", json.dumps(data.meta))
-            write_atomically(folder / "config.json", json.dumps(about, indent=2))
-        except OSError as e:
-            raise UsageError(f"cannot write {folder} ({e.strerror}): name another --out_dir") from e
+        folder.mkdir(parents=True, exist_ok=True)
+        if not step:
+            about = json.dumps(describe(cfg, model, machine), indent=2)
+            write_atomically(folder / "config.json", about)
         print(
             f"{folder}: preset {cfg.preset}, scale {cfg.scale}, {model.num_params() / 1e6:.2f}M "
             f"parameters, {machine.world} x {machine.name} in {str(machine.dtype)[6:]}, "
@@ -561,9 +539,13 @@ def train(given):
     tokens_per_byte = data.meta["val_tokens"] / data.meta["val_bytes"]
     log = Log(folder / "log.jsonl", step, cfg, machine, tokens, model.flops_per_token(T))
     stopped, handlers = [], {}  # signals: the step at hand is finished, and saved, first
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, frame: stopped.append(number))
 
+    def note(number, frame):
+        stopped.append(number)
+        signal.signal(number, handlers[number])  # a second one is not to be waited for
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, note)
     began, clock, done = time.time(), None, 0  # done: steps since the clock was read
     stop = False
     try:
@@ -593,10 +575,11 @@ def train(given):
                 log.validation(step, val, val / math.log(2) * tokens_per_byte)
             if due or stop:
                 if machine.main:
-                    save_checkpoint(folder, model, optimizers, cfg, step, best)
+                    save_checkpoint(folder, model, optimizers, cfg, data.meta, step, best)
                 clock, done = time.time(), 0
     except RuntimeError as e:
-        if machine.world == 1 or "memory" in str(e):
+        gone = r"onnection|closed by peer|[Tt]imed? ?out|NCCL"
+        if machine.world == 1 or not re.search(gone, str(e)):
             raise
         raise UsageError(
             f"rank {machine.rank} lost another process at step {step} ({str(e).splitlines()[0]}): "
@@ -646,8 +629,6 @@ def bench(given):
     print("| T | rows | path | preset | window | tok/s | MFU | peak GB | x rope | FLOPs allow |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     found, rope = [], {}
-    forms = dict.fromkeys(("peak_gb", "x_rope", "flops_allow"), ".2f")
-    forms = dict(tokens_per_second=",.0f", mfu=".1%") | forms
     for cfg, model_cfg in jobs:
         T = model_cfg.block_size
         row = dict(T=T, rows=max(1, budget // T), path=model_cfg.attention, preset=cfg.preset)
@@ -658,7 +639,9 @@ def bench(given):
             row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
         found.append(row)
         cells = [str(row[key]) for key in ("T", "rows", "path", "preset", "window")]
-        cells += [format(row[key], form) if row.get(key) else "-" for key, form in forms.items()]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}" if row["mfu"] else "-"]
+        more = (row.get(key) for key in ("peak_gb", "x_rope", "flops_allow"))
+        cells += ["-" if number is None else f"{number:.2f}" for number in more]
         print("| " + " | ".join(cells) + " |", flush=True)
     if cfg.out_dir:
         about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)

@@ -89,3 +89,9 @@ def records():
         return {x["step"]: x[key] for x in lines if key in x}
 
     return read
+
+
+def forget_text(folder, **change):
+    """Make the run in folder one that was trained on another text, as its checkpoint tells it."""
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save(state | dict(meta=state["meta"] | change), folder / "ckpt.pt")

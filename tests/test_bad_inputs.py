@@ -1,13 +1,13 @@
 """Bad input gets one line that says what to do, exit status 2, and costs nothing that was there."""
 
 import hashlib
-import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, forget_text
 
 import prepare_data
 import sample
@@ -40,7 +40,9 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--attention=magic"], "invalid choice: 'magic'"),
     (["--attention=flash"], "needs CUDA"),
     (["--optimizer=sgd"], "invalid choice: 'sgd'"),
-    (["--needle_frac=2"], "from 0 to 1"),
+    (["--needle_frac=2"], "it must be 1 or less"),
+    (["--beta2=1"], "--beta2=1.0"),
+    (["--init_from=out/run", "--dataset=bytes", "--data_dir=data"], "is not the text, or tokens"),
     (["--needles=0"], "--needles=0"),
     (["--needle_frac=1", "--needles=50"], "cannot hold 50 facts"),
     (["--needle_digits=40", "--needle_frac=1"], "40 digits"),
@@ -52,7 +54,7 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps=0"),
     (["--resume"], "holds no run"),
     (["--init_from=nowhere"], "holds no run"),
-    (["--bench=rope,ropes"], "unknown preset 'ropes'"),
+    (["--bench=rope,ropes"], "--preset=ropes: choose from"),
     (["--bench=rope", "--bench_lengths=1k"], "give numbers"),
     (["--bench=rope", "--bench_paths=magic"], "--attention=magic"),
     (["extra"], "unknown argument 'extra'"),
@@ -62,7 +64,7 @@ PREPARE = [
     (["--dataset", "python", "enwik8"], "one known name"),
     (["--tokenizer=words"], "invalid choice: 'words'"),
     (["--dataset=fineweb10B"], "add --tokenizer=gpt2"),
-    (["--val_frac=1"], "below 1"),
+    (["--val_frac=1"], "0.9 or less"),
     (["--bpe_vocab_size=10"], "258 or more"),
     (["--dataset=empty.txt"], "is empty"),
     (["--dataset=binary.bin"], "is not text"),
@@ -105,11 +107,14 @@ def place(tmp_path, monkeypatch, data_dir, tiny_run):
     """A working folder with a dataset and a run, of which no bad input may change a byte."""
     shutil.copytree(data_dir, tmp_path / "data")
     shutil.copytree(tiny_run, tmp_path / "out" / "run")
+    (tmp_path / "book.txt").write_text("some text of its own\n" * 200)
+    made = dict(dataset=("book.txt",), name="bytes")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
     (tmp_path / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 100)
     (tmp_path / "good.txt").write_text("good text\n" * 100)
     monkeypatch.chdir(tmp_path)
+    prepare_data.prepare(prepare_data.DataConfig(**made))
     return tmp_path
 
 
@@ -138,9 +143,7 @@ def test_a_bad_flag_of_the_probes(place, argv, told, monkeypatch, capfd):
 
 
 def test_probing_on_another_text_is_refused(place, monkeypatch, capfd):
-    meta = json.loads((place / "out/run/meta.json").read_text())
-    meta["val_sha256"] = "0" * 64
-    (place / "out/run/meta.json").write_text(json.dumps(meta))
+    forget_text(place / "out" / "run", val_sha256="0" * 64)
     told = "is not the text that"
     ends_in_one_line("sample.py", sample.main, ["--probe=loss"], told, monkeypatch, capfd)
 
@@ -152,6 +155,26 @@ def test_running_out_of_memory_names_the_flags_to_lower(place, monkeypatch, capf
     monkeypatch.setattr(train, "optimise", optimise)
     argv = [*TINY, "--dataset=tiny", "--out_dir=new"]
     ends_in_one_line("train.py", train.main, argv, "lower --batch_size", monkeypatch, capfd)
+
+
+def test_token_ids_beyond_the_vocabulary_are_told(place, monkeypatch, capfd):
+    ids = np.memmap(place / "data" / "tiny" / "train.bin", "uint16", "r+")
+    ids[:] = 60000
+    argv, told = [*TINY, "--dataset=tiny", "--out_dir=new"], "ids beyond its vocabulary"
+    ends_in_one_line("train.py", train.main, argv, told, monkeypatch, capfd)
+
+
+def test_an_unwritable_folder_is_told(place, monkeypatch, capfd):
+    argv = [*TINY, "--dataset=tiny", "--out_dir=good.txt/run"]
+    ends_in_one_line("train.py", train.main, argv, "choose another folder", monkeypatch, capfd)
+
+
+def test_a_missing_extra_is_told(place, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sample, "GPT", lambda *_: None)
+    monkeypatch.setattr(sample, "load_run", lambda *_, **__: __import__("transformers"))
+    told = "pip install -e '.[plot,hf]'"
+    ends_in_one_line("sample.py", sample.main, ["out/run"], told, monkeypatch, capfd)
 
 
 def test_a_bug_is_not_dressed_up_as_out_of_memory(monkeypatch):

@@ -160,3 +160,11 @@ def test_gemma3_and_llama4_keep_their_published_constants():
     assert theta["sliding_attention"]["rope_theta"] == ours.rope_theta
     assert theta["full_attention"]["rope_theta"] == ours.rope_theta_full
     assert np.isclose(llama.attn_scale, PRESETS["llama4"]["attn_scale"])
+
+
+def test_a_folder_without_a_tokenizer_can_be_timed_only(tmp_path, capsys):
+    cohere2().save_pretrained(tmp_path)
+    sample.main([str(tmp_path), "--probe=cost", "--max_multiple=1", "--cost_rows=1"])
+    assert "decoded tokens per second" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        sample.main([str(tmp_path), "--prompt=def"])

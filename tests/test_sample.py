@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forget_text
 
 import prepare_data
 import sample
@@ -126,8 +127,8 @@ def test_the_loss_probe_scores_the_same_targets_at_every_length(tiny_run, asked)
 def test_how_many_rows_are_read_at_once_changes_nothing(tiny_run, monkeypatch):
     """Long rows are read a few at a time: here, as many rows as 2**17 tokens hold."""
     run = opened(tiny_run, samples=6)
-    rows = np.tile(run.val[: 4 * T + 1], (1, 1)).repeat(600, 0)
-    rows[::2] = run.val[7 : 4 * T + 8]
+    rows = np.tile(run.data.val[: 4 * T + 1], (1, 1)).repeat(600, 0)
+    rows[::2] = run.data.val[7 : 4 * T + 8]
     parts = list(run.predict(rows, 3))
     assert len(parts) > 1 and sum(len(y) for _, y in parts) == 600
     logits, y = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -326,7 +327,7 @@ def test_text_too_short_for_the_longest_context_names_max_multiple(own_run, data
 
 def test_the_advice_for_text_of_a_round_length_works(own_run):
     run = opened(own_run, max_multiple=16)
-    run.val = run.val[: 8 * T]
+    run.data = run.data._replace(val=run.data.val[: 8 * T])
     with pytest.raises(UsageError, match="--max_multiple=7"):
         run.rows(T)
 
@@ -436,8 +437,7 @@ def test_without_a_name_the_newest_run_is_asked(tiny_run, tmp_path, monkeypatch,
 
 
 def test_another_text_than_the_run_was_trained_on_is_refused(own_run):
-    meta = json.loads((own_run / "meta.json").read_text())
-    (own_run / "meta.json").write_text(json.dumps(meta | dict(val_sha256="0" * 64)))
+    forget_text(own_run, val_sha256="0" * 64)
     with pytest.raises(UsageError, match="not the text"):
         ask(own_run)
 
