@@ -302,7 +302,7 @@ class Cache:
 
     def __init__(self, shape, span, **like):
         self.k, self.v = torch.empty(shape, **like), torch.empty(shape, **like)  # (B, size, G, D)
-        self.windowed, self.chunked = span == "window", span == "chunk"
+        self.span = span
 
     def update(self, k, v, start):
         """Store the n tokens from position `start`; return all keys and values they may see.
@@ -312,9 +312,9 @@ class Cache:
         """
         n, size = k.size(1), self.k.size(1)
         slots = torch.arange(start, start + n, device=k.device)[-size:] % size
-        if not self.chunked and not self.windowed and start + n > size:
+        if self.span == "full" and start + n > size:
             raise ValueError(f"this cache was made for {size} tokens, not {start + n}")
-        begun = start % size if self.chunked else start  # tokens held that may still be seen
+        begun = start % size if self.span == "chunk" else start  # held, and may still be seen
         if n > 1 and begun + n > size:  # the slots wrap round: join old and new in order
             old = torch.arange(start - min(begun, size), start, device=k.device) % size
             seen = [torch.cat((kept[:, old], new), 1) for kept, new in ((self.k, k), (self.v, v))]

@@ -441,6 +441,14 @@ def test_a_wrong_zip_is_refused_in_a_line(tmp_path, case):
     assert os.listdir(path.parent) == ["enwik8.zip"]
 
 
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, "MAX_BYTES", 100)
+    archive(tmp_path / "enwik8.zip", enwik8="0" * 101)
+    with pytest.raises(UsageError, match="more than 100 bytes"):
+        pd.unzip(tmp_path / "enwik8.zip")
+    assert os.listdir(tmp_path) == ["enwik8.zip"]
+
+
 def test_tinystories_are_documents(tmp_path, server, monkeypatch):
     monkeypatch.setattr(pd, "SLICE", 64)
     stories = [f"Once there was {i}.\n\nThe end of {i}." for i in range(50)]
@@ -565,6 +573,13 @@ def test_a_bad_answer_is_one_line_that_names_the_url(server, tmp_path, fetch, ho
     assert server.url in line and str(tmp_path / "sub" / "file") in line and "\n" not in line
     assert not (tmp_path / "sub" / "file").exists()
     assert (tmp_path / "sub" / "file.part").exists() == (told == "cut off")
+
+
+def test_a_server_that_never_ends_is_cut_off(server, tmp_path, fetch, monkeypatch):
+    monkeypatch.setattr(pd, "MAX_BYTES", len(BODY) - 1)
+    with pytest.raises(UsageError, match="longer than"):
+        fetch()
+    assert not list((tmp_path / "sub").iterdir())
 
 
 def test_a_silent_server_is_given_up(server, fetch, monkeypatch):
