@@ -222,16 +222,9 @@ def measure(run, cfg):
             found[probe][f"{m},{depth}"] = probe_needle(run, m * run.T, depth)
         else:
             found[probe][str(m)] = PROBES[probe](run, m * run.T)
-    write_atomically(
-        run.folder / "probe.json",
-        json.dumps(
-            dict(
-                command=" ".join(sys.argv), settings=asdict(cfg), model=asdict(run.model.config),
-                block_size=run.T, device=run.machine.name, torch=torch.__version__, **found,
-            ),
-            indent=1,
-        ),
-    )  # fmt: skip
+    about = dict(command=" ".join(sys.argv), settings=asdict(cfg), model=asdict(run.model.config),
+                 block_size=run.T, device=run.machine.name, torch=torch.__version__)
+    write_atomically(run.folder / "probe.json", json.dumps(about | found, indent=1))
     return dict(found)
 
 
@@ -273,34 +266,40 @@ TITLES = {  # probe: (numbers shown and their formats, title)
 }  # fmt: skip
 
 
+def markdown(title, head, rows):
+    """A table in Markdown. rows: lists of cells, the first of them the row's name."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([title, "", *lines])
+
+
 def table(probe, lines):
-    """A Markdown table: one row a line, one column a multiple of the training context."""
+    """One row a line, one column a multiple of the training context."""
     forms, title = TITLES[probe]
-    multiples = [int(m) for m in next(iter(lines.values()))[0].found[probe]]
-    rows = [f"{title}, by context length", ""]
-    rows += ["| run | T | " + " | ".join(f"{m}x" for m in multiples) + " |"]
-    rows += ["|---|---|" + "---|" * len(multiples)]
+    multiples, rows = list(next(iter(lines.values()))[0].found[probe]), []
     for label, runs in lines.items():
-        cells = []
+        row = [label, str(runs[0].T)]
         for m in multiples:
-            found = [run.found[probe][str(m)] for run in runs]
+            found = [run.found[probe][m] for run in runs]
             first, *more = (spread([f[k] for f in found], form) for k, form in forms.items())
-            cells.append(first + (f" ({', '.join(more)})" if more else ""))
-        rows.append(f"| {label} | {runs[0].T} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+            row.append(first + (f" ({', '.join(more)})" if more else ""))
+        rows.append(row)
+    head = ["run", "T", *(f"{m}x" for m in multiples)]
+    return markdown(f"{title}, by context length", head, rows)
 
 
-def heatmap_table(run, label):
-    """Retrieval of one line by depth of the fact (rows) and context length (columns)."""
-    grid = run[0].found["heatmap"]
-    multiples = list(dict.fromkeys(cell.split(",")[0] for cell in grid))
-    rows = [f"{label}: questions answered exactly, by depth of the fact and context length", ""]
-    rows += ["| depth | " + " | ".join(f"{m}x" for m in multiples) + " |"]
-    rows += ["|---|" + "---|" * len(multiples)]
-    for depth in DEPTHS:
-        cells = [[r.found["heatmap"][f"{m},{depth}"]["accuracy"] for r in run] for m in multiples]
-        rows.append(f"| {depth:.0%} | " + " | ".join(f"{np.mean(c):.2f}" for c in cells) + " |")
-    return "\n".join(rows)
+def heatmap_of(runs):
+    """(multiples, accuracy): retrieval by depth of the fact (rows) and context length, a mean."""
+    cells = [[cell["accuracy"] for cell in run.found["heatmap"].values()] for run in runs]
+    multiples = list(dict.fromkeys(cell.split(",")[0] for cell in runs[0].found["heatmap"]))
+    return multiples, np.mean(cells, 0).reshape(-1, len(DEPTHS)).T
+
+
+def heatmap_table(runs, label):
+    multiples, grid = heatmap_of(runs)
+    named = zip(DEPTHS, grid, strict=True)
+    rows = [[f"{depth:.0%}", *(f"{c:.2f}" for c in cells)] for depth, cells in named]
+    title = f"{label}: questions answered exactly, by depth of the fact and context length"
+    return markdown(title, ["depth", *(f"{m}x" for m in multiples)], rows)
 
 
 def draw(lines, cfg, path):
@@ -333,10 +332,8 @@ def draw(lines, cfg, path):
         axis.grid(axis="y", alpha=0.3)
     axes[0][0].legend(frameon=False)
     for axis, (label, runs) in zip(axes[0][len(probes) :], maps, strict=True):
-        grid = np.mean([[c["accuracy"] for c in r.found["heatmap"].values()] for r in runs], 0)
-        grid = grid.reshape(-1, len(DEPTHS)).T
+        multiples, grid = heatmap_of(runs)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        multiples = dict.fromkeys(cell.split(",")[0] for cell in runs[0].found["heatmap"])
         axis.set_xticks(range(len(multiples)), [f"{m}x" for m in multiples])
         axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
         axis.set(xlabel="context", ylabel="depth of the fact", title=label)
