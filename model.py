@@ -248,7 +248,11 @@ def attend_blocks(q, k, v, window, chunked=False):
 
 
 def attend_flash(q, k, v, window=None, chunked=False):
-    """torch's varlen_attn: no mask, no padding, any length. A chunk is a sequence of its own."""
+    """torch's varlen_attn: no mask, no padding, any length. A chunk is a sequence of its own.
+
+    The rows are laid end to end, and cu_q and cu_k say where each sequence begins: with B = 2 and
+    S = T = 5, at [0, 5, 10]; in chunks of 4, at [0, 4, 5, 9, 10].
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
@@ -272,8 +276,9 @@ def attend_flash(q, k, v, window=None, chunked=False):
 def rotary(start, T, head_dim, theta, device):
     """cos and signed sin of the RoPE angles at positions start .. start + T - 1: (2, T, 1, D).
 
-    Each pair of channels has one angle; its first is to get minus the sine. Always fp32, and made
-    for the length asked for: there is no table to outgrow.
+    A pair (a, b) of channels turns into (a cos - b sin, b cos + a sin): so the table of sines has
+    (-sin, sin) for each pair, to be multiplied with (b, a). Always fp32, and made for the length
+    asked for: there is no table to outgrow.
     """
     freqs = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.arange(start, start + T, device=device)[:, None].float() * freqs
@@ -309,6 +314,8 @@ class Cache:
 
         k, v: (B, n, G, D) -> (B, S, G, D). With n > 1 they are in order of position, as `attend`
         needs them; a single query sees every one of them, so there order is of no matter.
+        With size 4, tokens 2 3 4 5 are held in slots 2 3 0 1; three more from start 6 take slots
+        2 3 0, and what comes back is 2 3 4 5 6 7 8.
         """
         n, size = k.size(1), self.k.size(1)
         slots = torch.arange(start, start + n, device=k.device)[-size:] % size
@@ -418,7 +425,7 @@ def loss_slices(x, vocab_size, targets):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of the logits scale * x @ weight.T, a slice of the rows at a time.
+    """F.cross_entropy of the logits scale * x @ weight.T, a slice of the rows at a time.
 
     x (N, d), weight (V, d), targets (N,) with -100 to ignore -> scalar. The gradients are made in
     the forward pass, while a slice of logits is at hand: three matmuls, none of them done again,

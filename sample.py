@@ -216,8 +216,11 @@ def measure(run, cfg):
     multiples = [m for m in doubled if m < cfg.max_multiple] + [cfg.max_multiple]
     jobs = [(probe, m, None) for probe in cfg.probe.split(",") for m in multiples]
     jobs += [("heatmap", m, depth) for m in multiples if cfg.heatmap for depth in DEPTHS]
-    found = defaultdict(dict)
+    found, told = defaultdict(dict), time.time()
     for probe, m, depth in tqdm(jobs, run.folder.name, disable=not sys.stderr.isatty()):
+        if not sys.stderr.isatty() and time.time() - told > 10:
+            print(f"{run.folder}: at {probe} {m}x", file=sys.stderr, flush=True)
+            told = time.time()
         if probe == "heatmap":
             found[probe][f"{m},{depth}"] = probe_needle(run, m * run.T, depth)
         else:
@@ -362,6 +365,7 @@ def main(argv):
     runs = [Run(folder, cfg, machine) for folder in cfg.runs or [newest_run()]]
     if cfg.prompt is not None:
         for run in runs:
+            print(f"{run.folder}:", file=sys.stderr)
             write_text(run, cfg)
         return
     for run in runs:

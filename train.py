@@ -415,7 +415,8 @@ class Log:
         if not passing:
             self.bar.write(text, file=sys.stdout)
         elif not self.bar.disable:
-            self.bar.set_postfix_str(text, refresh=False)
+            short = text.split(" | ", 1)[1].split(" | eta")[0]  # the bar tells the rest
+            self.bar.set_postfix_str(short, refresh=False)
         elif time.time() - self.shown > 5:
             print(text, flush=True)
             self.shown = time.time()
@@ -611,9 +612,10 @@ def bench(given):
     """Time whole training steps for each length, attention path and preset asked for.
 
     Prints a table: tokens/s (median step), MFU, peak memory, and the speed over that of full
-    attention (preset rope) at this length, beside the most that counting FLOPs allows.
+    attention (preset rope) at this length and path, beside the most that counting FLOPs allows.
     """
     machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"))
+    given = dict(vocab_size=320) | given  # what training on bytes takes
     cfg, base = settle(given | dict(preset=given["bench"].split(",")[0]))
     if not re.fullmatch(r"(\d+(,\d+)*)?", cfg.bench_lengths):
         raise UsageError(f"--bench_lengths={cfg.bench_lengths}: give numbers, as in 1024,8192")
@@ -633,7 +635,8 @@ def bench(given):
         T = model_cfg.block_size
         row = dict(T=T, rows=max(1, budget // T), path=model_cfg.attention, preset=cfg.preset)
         row |= dict(window=model_cfg.window) | time_steps(cfg, model_cfg, row["rows"], machine)
-        full = rope.setdefault(T, row) if cfg.preset == "rope" else rope.get(T)
+        same = T, row["path"]
+        full = rope.setdefault(same, row) if cfg.preset == "rope" else rope.get(same)
         if full:
             row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
             row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
