@@ -587,7 +587,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def decode(self, token, caches, start):
         """Read one more token (B, 1), at position start, into the caches; its state (B, d)."""
-        # Not cuDNN, the first choice on Hopper: it plans anew, 8 ms, for every length of keys.
+        # Not cuDNN, the first choice on Hopper: it seems to plan anew for every length of keys.
         kernels = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
         with sdpa_kernel(list(kernels)):
             return self.body(token, caches, start)[:, -1]
