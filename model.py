@@ -613,7 +613,6 @@ class GPT(nn.Module):
             x = self.decode(token, caches, idx.size(1) - 1)
         return idx
 
-
     # -- to and from Hugging Face ------------------------------------------------------------------
 
     def save_pretrained(self, folder):
@@ -639,9 +638,11 @@ class GPT(nn.Module):
         )  # fmt: skip
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(hf, indent=2))
         weights = {hf_name(name): w.float().contiguous() for name, w in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / "weights.tmp", metadata={"format": "pt"})
+        (folder / "config.tmp").write_text(json.dumps(hf, indent=2))
+        (folder / "weights.tmp").replace(folder / "model.safetensors")
+        (folder / "config.tmp").replace(folder / "config.json")
 
     @staticmethod
     def from_pretrained(folder, dtype=None, **override):

@@ -205,7 +205,7 @@ def unzip(archive):
     try:
         with zipfile.ZipFile(archive) as opened:
             if opened.getinfo(path.name).file_size > MAX_BYTES:
-                raise KeyError(f"it unpacks to more than {MAX_BYTES} bytes")
+                raise zipfile.BadZipFile(f"it unpacks to more than {MAX_BYTES} bytes")
             if not path.exists():
                 write_atomically(path, opened.read(path.name))
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:

@@ -1,5 +1,4 @@
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -23,15 +22,6 @@ TINY = [
     "--log_interval=1", "--device=cpu", "--needles=1", "--needle_frac=0.2",
     "--learning_rate=1e-3", "--min_lr=1e-4", "--optimizer=muon",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    """A run installs its own handlers; Ctrl-C must go on stopping pytest."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

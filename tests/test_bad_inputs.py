@@ -55,9 +55,23 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--resume"], "holds no run"),
     (["--init_from=nowhere"], "holds no run"),
     (["--bench=rope,ropes"], "--preset=ropes: choose from"),
-    (["--bench=rope", "--bench_lengths=1k"], "give numbers"),
+    (["--bench=rope", "--bench_lengths=1k"], "--bench_lengths=1k: give numbers"),
     (["--bench=rope", "--bench_paths=magic"], "--attention=magic"),
     (["extra"], "unknown argument 'extra'"),
+    (["--preset=rnop"], "rnope-swa"),
+    (["--colour=red"], "--colour"),
+    (["--max_iter=3"], "--max_iters"),  # an abbreviation is not guessed
+    (["--max_iters=many"], "many"),
+    (["--max_iters=0"], "--max_iters=0"),
+    (["--learning_rate=nan"], "--learning_rate"),
+    (["--needle_frac=1.5"], "--needle_frac"),
+    (["--n_layer=3"], "--n_layer=4"),
+    (["--device=tpu"], "--device"),
+    (["--optimizer=sgd"], "adamw"),
+    (["--attention=flash", "--needle_frac=0"], "--attention=flash"),
+    (["--bench=roep"], "rnope-swa"),
+    (["--bench=rope", "--bench_paths=flash", "--bench_lengths=8"], "--attention=flash"),
+    (["--bench=rope", "--bench_lengths=0"], "block_size=0"),
 ]
 PREPARE = [
     (["--dataset=pythn"], "did you mean python?"),
@@ -82,6 +96,15 @@ SAMPLE = [
     (["--window=0"], "--window=0"),
     (["--device=cuda"], "use --device=cpu"),
     (["--plot=nowhere/x.png"], "in a folder that exists"),
+    (["--probe=loss,needel"], "needle"),
+    (["--samples=0"], "--samples=0"),
+    (["--attention=flsh"], "flash"),
+    (["--attention=flash"], "--attention=flash"),
+    (["--temperature=-1", "--prompt=x"], "--temperature=-1"),
+    (["--promt=x"], "--prompt"),
+    (["--temp=1"], "--temp"),  # an abbreviation is not guessed
+    (["--device=tpu"], "--device"),
+    (["nowhere"], "nowhere"),
 ]
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from conftest import forget_text
 
-import prepare_data
 import sample
 import train
 from model import UsageError
@@ -398,33 +397,6 @@ def test_prompting_measures_nothing(own_run, capsys):
 
 
 # -- mistakes --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "argv, said",
-    [
-        (["--probe=loss,needel"], "needle"),
-        (["--max_multiple=0"], "--max_multiple=0"),
-        (["--samples=0"], "--samples=0"),
-        (["--window=0"], "--window=0"),
-        (["--attention=flsh"], "flash"),
-        (["--attention=flash"], "--attention=flash"),
-        (["--temperature=-1", "--prompt=x"], "--temperature=-1"),
-        (["--promt=x"], "--prompt"),
-        (["--temp=1"], "--temp"),  # an abbreviation is not guessed
-        (["--device=tpu"], "--device"),
-        (["nowhere"], "nowhere"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
-    own_run, argv, said, monkeypatch, capfd
-):
-    argv = argv if argv == ["nowhere"] else [str(own_run), *argv]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
-    with pytest.raises(SystemExit) as e:
-        prepare_data.run_main(sample.main)
-    _, err = capfd.readouterr()
-    assert e.value.code == 2 and err.count("\n") == 1 and said in err, err
 
 
 def test_without_a_name_the_newest_run_is_asked(tiny_run, tmp_path, monkeypatch, capsys):

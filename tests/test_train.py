@@ -545,39 +545,6 @@ def test_ruined_weights_are_never_saved(fit, tmp_path, blow_up, log_interval, ev
 # -- the command line ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "argv, said",
-    [
-        (["--preset=rnop"], "rnope-swa"),
-        (["--colour=red"], "--colour"),
-        (["--max_iter=3"], "--max_iters"),  # an abbreviation is not guessed
-        (["--max_iters=many"], "many"),
-        (["--max_iters=0"], "--max_iters=0"),
-        (["--learning_rate=nan"], "--learning_rate"),
-        (["--needle_frac=1.5"], "--needle_frac"),
-        (["--n_layer=3"], "--n_layer=4"),
-        (["--device=tpu"], "--device"),
-        (["--optimizer=sgd"], "adamw"),
-        (["--attention=flash", "--needle_frac=0"], "--attention=flash"),
-        (["--bench=roep"], "rnope-swa"),
-        (["--bench=rope", "--bench_paths=flash", "--bench_lengths=8"], "--attention=flash"),
-        (["--bench=rope", "--bench_lengths=0"], "block_size=0"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
-    argv, said, monkeypatch, capfd, data_dir, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    argv = [f"--data_dir={data_dir}", "--dataset=tiny", *argv]
-    status, _, err = as_script(monkeypatch, capfd, argv)
-    assert status == 2 and err.count("\n") == 1 and said in err, err
-
-
-def test_bench_lengths_that_are_no_numbers_are_one_line(monkeypatch, capfd):
-    status, _, err = as_script(monkeypatch, capfd, ["--bench=rope", "--bench_lengths=1k"])
-    assert status == 2 and err.count("\n") == 1 and "--bench_lengths" in err
-
-
 def test_help_tells_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as e:
         train.main(["--help"])
