@@ -624,57 +624,72 @@ def load_data(folder):
 
 class Task(NamedTuple):
     facts: list  # token ids of each fact, to stand at distinct places of the row
-    question: np.ndarray  # token ids; the row ends in question + answer
-    answer: np.ndarray  # token ids to be produced exactly
-    asked: int  # index in facts of the one the question is about
+    turns: list  # (question, answer) token ids; the row ends in all of them, one after another
+    asked: list  # for each turn, the index in facts of the fact it is about
 
 
 class Planted(NamedTuple):
     row: np.ndarray  # a new row, of the old one's length and dtype
-    answer: slice  # of the row, its tail
-    question: slice
-    fact: slice  # the fact asked about
-    facts: list  # slices of all facts, in the task's order
+    facts: list  # slices of the row, in the task's order
+    asked: list  # slices: the fact that each turn is about
+    answers: list  # slices, one a turn; the last of them ends the row
+    tail: slice  # all the turns: what stands behind the context
 
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+FORMS = [("\n# The secret number of {} is ", ".\n"), ("\n# Remember, {} has ", "!\n"),
+         ("\nKEY_{} = ", "\n"), ("\nBox {} holds ", ", so they say.\n")]
+NEW_SYLLABLES = [vowel + consonant for consonant in "chjqwxy" for vowel in "aeiou"]
+NEW_FORMS = [("\nTo call {} one has to dial ", ".\n"), ('\n    assert find("{}") == ', "\n")]
 
 
-def needle_task(enc, rng, n_needles=4, digits=7):
-    """Needles that each give a key a secret number, and a question for the number of one key.
+SENTENCES = ("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back "
+             "again.\n")  # RULER's haystack of repeated text
+HAYSTACKS = {  # name: (encoding, tokens wanted) -> token ids
+    "repeat": lambda enc, n: np.resize(encode(enc, SENTENCES), n),
+    "noise": lambda enc, n: np.random.default_rng(0).integers(0, enc.eot_token, n),
+}
+
+
+def needle_task(enc, rng, n_needles=4, digits=7, questions=1, held_out=False):
+    """Needles that each give a key a secret number, and questions for the numbers of some keys.
 
     Question and fact share their tokens: the text before a number, the number and the text after
-    are encoded apart. Source: the passkeys of RULER (arXiv 2404.06654), as Python comments.
+    are encoded apart. held_out: keys and wording that training never sees. Source: the passkeys
+    of RULER (arXiv 2404.06654), in several forms.
     """
     if n_needles < 1 or not 1 <= digits <= 18 or 10**digits < n_needles:
         raise UsageError(f"{n_needles} needles of {digits} digits cannot have different numbers")
-    base, pieces = len(SYLLABLES), []
+    if not 1 <= questions <= n_needles:
+        raise UsageError(f"{n_needles} facts are too few for {questions} different questions")
+    syllables, forms = (NEW_SYLLABLES, NEW_FORMS) if held_out else (SYLLABLES, FORMS)
+    base, pieces = len(syllables), []
     keys = rng.choice(base**3, n_needles, replace=False).tolist()
     numbers = rng.choice(10**digits, n_needles, replace=False).tolist()
-    asked = int(rng.integers(n_needles))
+    before, after = forms[rng.integers(len(forms))]
     for key, number in zip(keys, numbers, strict=True):
-        word = "".join(SYLLABLES[key // base**i % base] for i in range(3))
-        pieces.append((encode(enc, f"\n# The secret number of {word} is "),
-                       encode(enc, f"{number:0{digits}d}")))
-    after = encode(enc, ".\n")
-    facts = [np.concatenate((before, value, after)) for before, value in pieces]
-    return Task(facts, *pieces[asked], asked)
+        word = "".join(syllables[key // base**i % base] for i in range(3))
+        pieces.append((encode(enc, before.format(word)), encode(enc, f"{number:0{digits}d}")))
+    facts = [np.concatenate((*piece, encode(enc, after))) for piece in pieces]
+    asked = rng.permutation(n_needles)[:questions].tolist()
+    return Task(facts, [pieces[i] for i in asked], asked)
 
 
 def plant(row, task, rng, depth=None):
-    """Overwrite parts of a row (T,) with a task's facts, and its tail with question + answer.
+    """Overwrite parts of a row (T,) with a task's facts, and its tail with questions + answers.
 
-    Facts never overlap and all come before the question, in random order and places. depth 0..1
-    fixes the place of the fact asked about: 0 opens the row, 1 ends right before the question.
+    Facts never overlap and all come before the questions, in random order and places. depth 0..1
+    fixes the place of the fact asked about first: 0 opens the row, 1 ends right before the tail.
     Errors: UsageError with the length that suffices, where the row is too short.
     """
-    lengths, asked = [len(fact) for fact in task.facts], task.asked
-    tail, needed = len(task.question) + len(task.answer), sum(lengths)
-    room = len(row) - tail  # tokens before the question
+    lengths, asked = [len(fact) for fact in task.facts], task.asked[0]
+    ends = np.cumsum([len(part) for turn in task.turns for part in turn])  # in the tail
+    tail, needed = int(ends[-1]), sum(lengths)
+    room = len(row) - tail  # tokens before the questions
     free = room - needed  # those that no fact covers
     if free < 0:
         raise UsageError(f"a row of {len(row)} tokens cannot hold {len(lengths)} facts and the "
-                         f"question: {needed + tail} are needed")
+                         f"questions: {needed + tail} are needed")
     order = rng.permutation(len(lengths)).tolist()
     gaps = rng.integers(free + 1, size=len(order)).tolist()  # free tokens left of each fact
     if depth is not None:
@@ -699,10 +714,10 @@ def plant(row, task, rng, depth=None):
         spans[i] = slice(start + gap, start + gap + lengths[i])
         planted[spans[i]] = task.facts[i]
         start += lengths[i]
-    question = slice(room, room + len(task.question))
-    answer = slice(question.stop, len(row))
-    planted[question], planted[answer] = task.question, task.answer
-    return Planted(planted, answer, question, spans[asked], spans)
+    planted[room:] = np.concatenate([part for turn in task.turns for part in turn])
+    answers = [slice(room + a, room + b) for a, b in ends.reshape(-1, 2).tolist()]
+    about = [spans[i] for i in task.asked]
+    return Planted(planted, spans, about, answers, slice(room, len(row)))
 
 
 def main(argv):

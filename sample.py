@@ -11,6 +11,8 @@ column differs from the next in nothing but how much context stands before them:
     loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of val
     needle   share of questions answered exactly, all tokens of the answer, greedily; the facts are
              planted at random depths of val text (prepare_data.plant)
+    attention  where the queries that produce the answer look, by kind of layer: shares on the
+             first 10 tokens, the fact asked for, the rest of the context, and the question
     cost     tokens per second of prefill and of cached decoding, and the size of the cache
 A RUN may also be a folder in Hugging Face's cohere2 format: the released RNoPE-SWA models.
 Does NOT include: sampling from several prompts at once, beam search, chat.
@@ -22,7 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import GPT, UsageError, check_ranges, flag, sample_token
+from model import GPT, UsageError, check_ranges, flag, sample_token, visible
 from prepare_data import (
+    HAYSTACKS,
     encode,
     encoding,
     load_data,
@@ -54,10 +57,14 @@ class SampleConfig:
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
     top_p: float = flag(1.0, "sample among the fewest tokens that hold this probability", above=0)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
-    probe: str = flag("loss,needle", "what to measure, comma separated: loss, needle, cost")
+    probe: str = flag("loss,needle", "what to measure, of loss,needle,attention,cost")
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
+    factor: int = flag(2, "from one length to the next", least=2)
     samples: int = flag(32, "rows scored for each number", least=1)
+    questions: int = flag(1, "about different facts, at the end of each row", least=1)
+    held_out: bool = flag(False, "questions in words, and about keys, that training never sees")
+    haystack: str = flag("", "text of the rows: a dataset in data_dir, repeat or noise; empty: val")
     heatmap: bool = flag(False, "retrieval by length and depth of the fact, too")
     plot: str = flag("", "file of the figure; empty: probe.png in the first run")
     log_scale: bool | None = flag(None, "instead of the run's: see train.py --help")
@@ -128,17 +135,41 @@ class Run:
             raise UsageError(f"{folder} is not the text that {self.folder} was trained on")
         return data
 
+    @cached_property
+    def text(self):
+        """Token ids that rows are cut from: val, or what --haystack names."""
+        name = self.cfg.haystack
+        if name in HAYSTACKS:
+            return HAYSTACKS[name](self.enc, 2 * self.T * self.cfg.max_multiple)
+        if not name:
+            return self.data.val
+        other = load_data(Path(self.train.data_dir) / name)
+        if any(other.meta.get(k) != self.data.meta.get(k) for k in ("tokenizer", "ranks")):
+            raise UsageError(f"--haystack={name} has other tokens than {self.folder} learnt from")
+        return other.train  # none of it was seen in training
+
     def rows(self, length):
-        """(samples, length + 1) token ids of val, ending at the same tokens at every length."""
+        """(samples, length + 1) token ids, ending at the same places whatever the length."""
         longest = self.T * self.cfg.max_multiple + 1
-        val = self.data.val
-        if longest > len(val):
+        if longest > len(self.text):
             raise UsageError(
-                f"val has {len(val)} tokens, {self.cfg.max_multiple}x asks for {longest}: use "
-                f"--max_multiple={max(1, (len(val) - 1) // self.T)} at most"
+                f"the text has {len(self.text)} tokens, {self.cfg.max_multiple}x asks for "
+                f"{longest}: use --max_multiple={max(1, (len(self.text) - 1) // self.T)} at most"
             )
-        ends = np.linspace(longest, len(val), self.cfg.samples).astype(int)
-        return self.data.rows(val, ends - length - 1, length + 1)
+        first = max(longest, len(self.text) // 4)
+        ends = np.linspace(first, len(self.text), self.cfg.samples).astype(int)
+        return self.data.rows(self.text, ends - length - 1, length + 1)
+
+    def planted(self, length, depth=None):
+        """rows, with facts and questions: a list of prepare_data.Planted."""
+        n, digits = self.train.needles, self.train.needle_digits
+        planted = []
+        for i, row in enumerate(self.rows(length)):
+            rng = np.random.default_rng((self.cfg.seed, i))  # the same questions at every length
+            asked = self.cfg.questions
+            task = needle_task(self.enc, rng, max(n, asked), digits, asked, self.cfg.held_out)
+            planted.append(plant(row, task, rng, depth))
+        return planted
 
     @torch.no_grad()
     def predict(self, rows, n):
@@ -161,17 +192,68 @@ def probe_loss(run, length, _depth=None):
 
 
 def probe_needle(run, length, depth=None):
-    """Share of rows whose answer is the likeliest token at each of its places -> {accuracy}."""
-    rows, sizes = run.rows(length), []
-    for i, row in enumerate(rows):
-        rng = np.random.default_rng((run.cfg.seed, i))  # the same questions at every length
-        task = needle_task(run.enc, rng, run.train.needles, run.train.needle_digits)
-        rows[i] = plant(row, task, rng, depth).row
-        sizes.append(len(task.answer))
-    n = max(sizes)
-    hits = [(logits.argmax(-1) == y).cpu().numpy() for logits, y in run.predict(rows, n)]
-    answers = zip(np.concatenate(hits), sizes, strict=True)
-    return dict(accuracy=float(np.mean([hit[n - size :].all() for hit, size in answers])))
+    """Share of answers that are the likeliest token at each of their places -> {accuracy}."""
+    planted = run.planted(length, depth)
+    n = max(len(p.row) - p.answers[0].start for p in planted)
+    rows = np.stack([p.row for p in planted])
+    hits = np.concatenate([(x.argmax(-1) == y).cpu().numpy() for x, y in run.predict(rows, n)])
+    ends = zip(hits, planted, strict=True)  # hits: of the last n tokens of a row
+    exact = [hit[a.start - len(p.row) :][: a.stop - a.start].all()
+             for hit, p in ends for a in p.answers]  # fmt: skip
+    return dict(accuracy=float(np.mean(exact)))
+
+
+SEGMENTS = ("begin", "needle", "context", "qc")  # as in the paper; qc: question and completion
+BINS = 32  # of the curve over the context
+
+
+def probe_attention(run, length, _depth=None):
+    """Where the queries that produce the answer look, the fact at 50 % depth -> {layers: [...]}.
+
+    Of each layer: its letter, the mass on each of SEGMENTS, the entropy in bits, and the curve,
+    mass in BINS equal parts of the context without its first 10 tokens and its last 3 %. Means
+    over heads, answer tokens and rows. Source: arXiv 2501.18795, part 1.
+    """
+    planted, sums = run.planted(length, 0.5), defaultdict(float)
+    n = planted[0].answers[-1].stop - planted[0].answers[-1].start
+    segment = np.full((len(planted), length), SEGMENTS.index("context"))
+    for where, p in zip(segment, planted, strict=True):
+        where[:10] = SEGMENTS.index("begin")
+        where[p.asked[-1]] = SEGMENTS.index("needle")
+        where[p.tail] = SEGMENTS.index("qc")
+
+    def watch(layer, attn, args):
+        q, k, _ = attn.qkv(*args[:3])
+        q, k = q[:, -n:], k.repeat_interleave(q.size(2) // k.size(2), 2)
+        j = torch.arange(length, device=q.device)
+        seen = visible(j[-n:, None], j, attn.window, attn.chunked)
+        scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) / math.sqrt(q.size(-1))
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1)  # (B, H, n, length)
+        mass = p.mean((1, 2))
+        where = torch.from_numpy(segment[done : done + len(mass)]).to(mass.device)
+        shares = [(mass * (where == s)).sum().item() for s in range(len(SEGMENTS))]
+        middle = mass[:, 10 : length - length * 3 // 100].sum(0)
+        curve = [part.sum().item() for part in middle.tensor_split(BINS)]
+        entropy = -(p * p.clamp(min=1e-30).log2()).sum(-1).mean((1, 2)).sum().item()
+        sums[layer] += np.array([*shares, entropy, *curve]) / len(planted)
+
+    hooks = [
+        block.attn.register_forward_pre_hook(partial(watch, i))
+        for i, block in enumerate(run.model.blocks)
+    ]
+    done = 0
+    try:
+        for _, y in run.predict(np.stack([p.row for p in planted]), n):
+            done += len(y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = (*SEGMENTS, "entropy")
+    return dict(layers=[
+        dict(letter=block.attn.letter, curve=found[len(names) :].tolist())
+        | dict(zip(names, found.tolist(), strict=False))
+        for block, found in zip(run.model.blocks, sums.values(), strict=True)
+    ])  # fmt: skip
 
 
 @torch.no_grad()
@@ -206,14 +288,16 @@ def probe_cost(run, length, _depth=None):
     )
 
 
-PROBES = {"loss": probe_loss, "needle": probe_needle, "cost": probe_cost}
+PROBES = {
+    "loss": probe_loss, "needle": probe_needle, "attention": probe_attention, "cost": probe_cost
+}  # fmt: skip
 DEPTHS = [i / 10 for i in range(11)]
 
 
 def measure(run, cfg):
     """All that is asked of one run: {probe: {multiple: numbers}}, and "heatmap" if asked for."""
-    doubled = [2**i for i in range(cfg.max_multiple.bit_length())]
-    multiples = [m for m in doubled if m < cfg.max_multiple] + [cfg.max_multiple]
+    powers = [cfg.factor**i for i in range(cfg.max_multiple.bit_length())]
+    multiples = [m for m in powers if m < cfg.max_multiple] + [cfg.max_multiple]
     jobs = [(probe, m, None) for probe in cfg.probe.split(",") for m in multiples]
     jobs += [("heatmap", m, depth) for m in multiples if cfg.heatmap for depth in DEPTHS]
     found, told = defaultdict(dict), time.time()
@@ -261,6 +345,7 @@ TITLES = {  # probe: (numbers shown and their formats, title)
         "bits per byte of the last T/4 tokens (perplexity per token)",
     ),
     "needle": ({"accuracy": "{:.3f}"}, "questions answered exactly"),
+    "attention": ({"needle": "{:.4f}"}, "attention on the fact asked for, of the answer's queries"),
     "cost": (
         {"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
          "kv_mb": "{:,.1f}"},
@@ -288,6 +373,33 @@ def table(probe, lines):
         rows.append(row)
     head = ["run", "T", *(f"{m}x" for m in multiples)]
     return markdown(f"{title}, by context length", head, rows)
+
+
+def attention_table(lines):
+    """One row a run, kind of layer and length: the paper's segments, and the entropy."""
+    rows = []
+    for label, runs in lines.items():
+        for letters in kinds_of(runs[0]):
+            for m in runs[0].found["attention"]:
+                row = [label, letters, f"{int(m) * runs[0].T:,}"]
+                for name in (*SEGMENTS, "entropy"):
+                    found = [attention_of(run, m, letters, name) for run in runs]
+                    row.append(spread(found, "{:.2f}" if name == "entropy" else "{:.4f}"))
+                rows.append(row)
+    head = ["run", "layers", "context", *SEGMENTS, "entropy, bits"]
+    return markdown("where the answer's queries look, needle at 50 % depth", head, rows)
+
+
+def kinds_of(run):
+    """The kinds of layer a run has, and all of them together: ["N", "S", "NS"]."""
+    kinds = sorted(set(run.model.config.layers))
+    return [*kinds, "".join(kinds)] if len(kinds) > 1 else kinds
+
+
+def attention_of(run, m, letters, name):
+    """Mean of a number of the attention probe, over the layers of some kinds."""
+    layers = run.found["attention"][m]["layers"]
+    return np.mean([layer[name] for layer in layers if layer["letter"] in letters], 0)
 
 
 def heatmap_of(runs):
@@ -320,10 +432,16 @@ def draw(lines, cfg, path):
         (key, *_), title = TITLES[probe]
         for label, runs in lines.items():
             x = [int(m) * runs[0].T for m in runs[0].found[probe]]
-            y = np.array([[f[key] for f in run.found[probe].values()] for run in runs])
-            (line,) = axis.plot(x, y.mean(0), marker="o", linewidth=2, label=label)
-            if len(y) > 1:
-                axis.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+            for kind in kinds_of(runs[0]) if probe == "attention" else [""]:
+                y = [
+                    [attention_of(run, m, kind, key) if kind else f[key] for m, f in found.items()]
+                    for run in runs
+                    for found in [run.found[probe]]
+                ]
+                low, mean, high = np.min(y, 0), np.mean(y, 0), np.max(y, 0)
+                name = f"{label}, layers {kind}" if kind else label
+                (line,) = axis.plot(x, mean, marker="o", linewidth=2, label=name)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axis.axvline(runs[0].T, color="gray", linestyle=":", linewidth=1)
         axis.annotate(" trained to here", (runs[0].T, 1), xycoords=("data", "axes fraction"),
                       va="top", color="gray", fontsize=8)
@@ -333,7 +451,7 @@ def draw(lines, cfg, path):
         axis.set_ylim(bottom=0, top=1.05 if probe == "needle" else None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)
-    axes[0][0].legend(frameon=False)
+        axis.legend(frameon=False, fontsize=8)
     for axis, (label, runs) in zip(axes[0][len(probes) :], maps, strict=True):
         multiples, grid = heatmap_of(runs)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -373,7 +491,7 @@ def main(argv):
         run.found = measure(run, cfg)
     lines = lines_of(runs)
     for probe in cfg.probe.split(","):
-        print(f"\n{table(probe, lines)}")
+        print(f"\n{attention_table(lines) if probe == 'attention' else table(probe, lines)}")
     for label, group in lines.items() if cfg.heatmap else ():
         print(f"\n{heatmap_table(group, label)}")
     figure = Path(cfg.plot or runs[0].folder / "probe.png")

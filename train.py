@@ -67,8 +67,13 @@ class TrainConfig:
     needle_frac: float = flag(
         0.2, "share of rows with planted facts and a question", least=0, most=1
     )
-    needles: int = flag(4, "facts planted in such a row, one of them asked for", least=1)
+    needles: int = flag(4, "facts planted in such a row", least=1)
+    needle_questions: int = flag(1, "of them that are asked for, at the end of the row", least=1)
     needle_digits: int = flag(7, "length of the number that each fact states", least=1)
+    long_rows: int = flag(
+        0, "tokens of a row in the long steps of a second stage; 0: there are none", least=0
+    )
+    long_frac: float = flag(0.5, "share of steps that are long, interleaved", least=0, most=1)
     optimizer: str = flag(
         "adamw", "for the hidden matrices; AdamW has the rest", choices=("adamw", "muon")
     )
@@ -94,6 +99,10 @@ class TrainConfig:
         check_ranges(self)
         if self.min_lr > self.learning_rate:
             raise UsageError(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
+        if self.needle_questions > self.needles:
+            raise UsageError(
+                f"--needle_questions={self.needle_questions}: above --needles={self.needles}"
+            )
 
 
 # What may differ when a run is resumed: none of it changes what the next step computes.
@@ -184,17 +193,27 @@ def settle(given, base=None):
 # Batches
 
 
-def make_batch(data, cfg, T, step, micro):
-    """Rows of training text, some with planted facts: two arrays (batch_size, T), inputs, targets.
+def step_shape(step, cfg, T):
+    """(rows, tokens of each) of a step's micro-batches: as many tokens, long step or not."""
+    if int((step + 1) * cfg.long_frac) > int(step * cfg.long_frac) and cfg.long_rows:
+        return cfg.batch_size * T // cfg.long_rows, cfg.long_rows
+    return cfg.batch_size, T
 
-    A pure function of (cfg.seed, step, micro), whoever asks and whenever.
+
+def make_batch(data, cfg, T, step, micro):
+    """Rows of training text, some with planted facts: two arrays (rows, tokens), inputs, targets.
+
+    A long row has the facts and questions of the T-token rows it stands for, so the share of the
+    tokens that ask for retrieval is the same at every length. A pure function of (cfg.seed, step,
+    micro), whoever asks and whenever.
     """
     rng = np.random.default_rng((cfg.seed, step, micro))
-    starts = rng.integers(0, len(data.train) - T, cfg.batch_size)
-    rows = data.rows(data.train, starts, T + 1)
-    for r in np.flatnonzero(rng.random(cfg.batch_size) < cfg.needle_frac):
-        task = needle_task(data.enc, rng, cfg.needles, cfg.needle_digits)
-        rows[r] = plant(rows[r], task, rng).row
+    count, length = step_shape(step, cfg, T)
+    rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
+    for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
+        if n:
+            sizes = n * cfg.needles, cfg.needle_digits, n * cfg.needle_questions
+            rows[r] = plant(rows[r], needle_task(data.enc, rng, *sizes), rng).row
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -442,20 +461,18 @@ class Log:
 # The loop
 
 
-def open_dataset(cfg, model_cfg):
-    """The prepared dataset, long enough for the context; the default one is made if missing."""
+def open_dataset(cfg, T):
+    """The prepared dataset, long enough for the rows; the default one is made if missing."""
     folder = Path(cfg.data_dir) / cfg.dataset
     if cfg.dataset == "python" and not folder.exists() and int(os.environ.get("RANK", 0)) == 0:
         prepare_data.prepare(prepare_data.DataConfig(data_dir=cfg.data_dir))
     if dist.is_initialized():
         dist.barrier()
     data = load_data(folder)
-    for name, split in (("train", data.train), ("val", data.val)):
-        if len(split) < model_cfg.block_size + 2:
-            raise UsageError(
-                f"{folder}/{name}.bin has {len(split)} tokens: too few for "
-                f"--block_size={model_cfg.block_size}"
-            )
+    longest = f"--long_rows={cfg.long_rows}" if cfg.long_rows > T else f"--block_size={T}"
+    for name, split, least in (("train", data.train, max(T, cfg.long_rows)), ("val", data.val, T)):
+        if len(split) < least + 2:
+            raise UsageError(f"{folder}/{name}.bin has {len(split)} tokens: too few for {longest}")
     return data
 
 
@@ -478,11 +495,17 @@ def begin(given):
             first = asdict(state["train_config"])
             if given.get("preset", first["preset"]) != first["preset"]:
                 raise UsageError(f"--preset: {source} is {first['preset']} and stays so")
-            kept = "preset dataset data_dir needle_frac needles needle_digits"
+            kept = "preset dataset data_dir needle_frac needles needle_digits needle_questions"
             given = {k: first[k] for k in kept.split()} | given
         cfg, model_cfg = settle(given, state and state["model_config"])
     machine = Machine(cfg.device, cfg.dtype)
-    data = open_dataset(cfg, model_cfg)
+    T = model_cfg.block_size
+    if cfg.long_rows % T or cfg.long_rows > cfg.batch_size * T:
+        raise UsageError(
+            f"--long_rows={cfg.long_rows}: it must be a multiple of the {T} tokens of a short row, "
+            f"and no more than the {cfg.batch_size * T} of a micro-batch"
+        )
+    data = open_dataset(cfg, T)
     if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
         model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:
@@ -538,7 +561,9 @@ def train(given):
     batches = prefetch(make_batch, jobs)
     tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps  # of a step
     tokens_per_byte = data.meta["val_tokens"] / data.meta["val_bytes"]
-    log = Log(folder / "log.jsonl", step, cfg, machine, tokens, model.flops_per_token(T))
+    long = cfg.long_frac if cfg.long_rows else 0
+    flops = (1 - long) * model.flops_per_token(T) + long * model.flops_per_token(cfg.long_rows or T)
+    log = Log(folder / "log.jsonl", step, cfg, machine, tokens, flops)
     stopped, handlers = [], {}  # signals: the step at hand is finished, and saved, first
 
     def note(number, frame):
@@ -547,18 +572,20 @@ def train(given):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, note)
-    began, clock, done = time.time(), None, 0  # done: steps since the clock was read
-    stop = False
+    began = clock = time.time()
+    done, stop, shapes = 0, False, set()  # done: steps since the clock was read
     try:
         while step < cfg.max_iters and not stop:
-            lr = learning_rate(step, cfg)
+            start, lr = time.time(), learning_rate(step, cfg)
             micros = [machine.put(*next(batches)) for _ in mine]
             loss = optimise(compiled, optimizers, micros, lr, cfg, machine)
             step, done = step + 1, done + 1
             log.bar.update()
-            if clock is None:
-                machine.sync()  # the first step compiles: it is timed apart
-                log.write(f"first step took {time.time() - began:.1f} s")
+            if micros[0][0].shape not in shapes:
+                machine.sync()  # the first step of a shape compiles: it is timed apart
+                length = micros[0][0].size(1)
+                log.write(f"first step of {length}-token rows took {time.time() - start:.1f} s")
+                shapes.add(micros[0][0].shape)
                 clock, done = time.time(), 0
             stop = machine.world == 1 and len(stopped) > 0
             due = step % cfg.eval_interval == 0 or step == cfg.max_iters

@@ -646,36 +646,67 @@ def test_needles_are_where_they_say_and_never_overlap(bpe, name, depth):
     enc = BYTE if name == "byte" else bpe[0]
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        task, row = needle_task(enc, rng), np.full(600, enc.eot_token, np.uint16)
+        task = needle_task(enc, rng, questions=1 + seed % 4, held_out=seed % 2 == 1)
+        row = np.full(600, enc.eot_token, np.uint16)
         planted = plant(row, task, rng, depth)
         assert planted.row.dtype == row.dtype and planted.row.shape == row.shape
         assert (row == enc.eot_token).all(), "the row given must not change"
         for span, fact in zip(planted.facts, task.facts, strict=True):
             assert (planted.row[span] == fact).all() and len(fact) == span.stop - span.start
-            assert span.stop <= planted.question.start
+            assert span.stop <= planted.tail.start
         ordered = sorted(planted.facts, key=lambda span: span.start)
         assert all(a.stop <= b.start for a, b in zip(ordered, ordered[1:], strict=False))
         outside = np.ones(600, bool)
-        for span in (*planted.facts, planted.question, planted.answer):
+        for span in (*planted.facts, planted.tail):
             outside[span] = False
         assert (planted.row[outside] == enc.eot_token).all()
-        assert (planted.row[planted.question] == task.question).all()
-        assert (planted.row[planted.answer] == task.answer).all() and planted.answer.stop == 600
-        assert planted.fact == planted.facts[task.asked]
-        found = occurrences(planted.row, task.answer)
-        assert len(found) == 2 and found[1] == planted.answer.start
-        assert planted.fact.start < found[0] < planted.fact.stop
+        at = planted.tail.start
+        for (question, answer), span in zip(task.turns, planted.answers, strict=True):
+            assert (planted.row[at : span.start] == question).all()
+            assert (planted.row[span] == answer).all()
+            at = span.stop
+        assert at == planted.tail.stop == 600
+        assert planted.asked == [planted.facts[i] for i in task.asked]
+        for (_, answer), said, fact in zip(
+            task.turns, planted.answers, planted.asked, strict=True
+        ):
+            found = occurrences(planted.row, answer)
+            assert len(found) == 2 and found[1] == said.start
+            assert fact.start < found[0] < fact.stop
         if depth is not None:
-            room = planted.question.start - len(task.facts[task.asked])
-            assert planted.fact.start == round(depth * room)
+            room = planted.tail.start - len(task.facts[task.asked[0]])
+            assert planted.asked[0].start == round(depth * room)
+
+
+def test_held_out_questions_share_no_key_and_no_wording_with_the_trained_ones():
+    def parts(held_out):
+        forms, keys = set(), set()
+        for seed in range(200):
+            task = needle_task(BYTE, np.random.default_rng(seed), held_out=held_out)
+            for fact in task.facts:
+                text = BYTE.decode(fact.tolist())
+                word = next(w for w in re.findall(r"[a-z]{6}", text) if is_key(w, held_out))
+                keys.add(word)
+                forms.add(re.sub(r"\d+", "#", text.replace(word, "*")))
+        return forms, keys
+
+    def is_key(word, held_out):
+        known = pd.NEW_SYLLABLES if held_out else pd.SYLLABLES
+        return all(word[i : i + 2] in known for i in (0, 2, 4))
+
+    (old, keys), (new, new_keys) = parts(False), parts(True)
+    assert len(old) == len(pd.FORMS) and len(new) == len(pd.NEW_FORMS)
+    assert not old & new and not keys & new_keys and len(keys) > 700 < len(new_keys)
 
 
 def test_question_and_answer_repeat_the_asked_fact(bpe):
     for enc in (BYTE, bpe[0]):
-        task = needle_task(enc, np.random.default_rng(1))
-        told = np.concatenate((task.question, task.answer))
-        assert (task.facts[task.asked][: len(told)] == told).all()
-        assert enc.decode(task.answer).isdigit() and len(enc.decode(task.answer)) == 7
+        task = needle_task(enc, np.random.default_rng(1), questions=3)
+        assert len(set(task.asked)) == len(task.turns) == 3
+        for (question, answer), asked in zip(task.turns, task.asked, strict=True):
+            told = np.concatenate((question, answer))
+            assert (task.facts[asked][: len(told)] == told).all()
+            assert enc.decode(answer).isdigit() and len(enc.decode(answer)) == 7
         assert len({enc.decode(fact) for fact in task.facts}) == 4
 
 
@@ -683,11 +714,11 @@ def test_depth_0_opens_the_row_and_depth_1_ends_before_the_question():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         task = needle_task(BYTE, rng)
-        length = sum(map(len, task.facts)) + len(task.question) + len(task.answer)
+        length = sum(map(len, task.facts)) + sum(map(len, task.turns[0]))
         row = np.zeros(length, np.uint16)  # not one token to spare
-        assert plant(row, task, rng, 0).fact.start == 0
+        assert plant(row, task, rng, 0).asked[0].start == 0
         planted = plant(row, task, rng, 1)
-        assert planted.fact.stop == planted.question.start
+        assert planted.asked[0].stop == planted.tail.start
         plant(row, task, rng)
 
 
@@ -705,13 +736,15 @@ def test_a_short_row_is_told_the_length_that_suffices():
         plant(np.zeros(100, np.uint16), task, rng)
     plant(np.zeros(int(re.search(r"(\d+) are", str(stopped.value))[1]), np.uint16), task, rng)
     longest = max(map(len, task.facts))
-    tight = sum(map(len, task.facts)) + len(task.question) + len(task.answer)
+    tight = sum(map(len, task.facts)) + sum(map(len, task.turns[0]))
     with pytest.raises(UsageError, match=f"{tight + longest} suffice"):
         plant(np.zeros(tight, np.uint16), task, rng, 0.5)
     for _ in range(300):
         plant(np.zeros(tight + longest, np.uint16), task, rng, rng.random())
     with pytest.raises(UsageError, match="different"):
         needle_task(BYTE, rng, n_needles=11, digits=1)
+    with pytest.raises(UsageError, match="4 facts are too few for 5"):
+        needle_task(BYTE, rng, questions=5)
     with pytest.raises(UsageError, match="depth"):
         plant(np.zeros(900, np.uint16), task, rng, 1.5)
 
@@ -719,7 +752,8 @@ def test_a_short_row_is_told_the_length_that_suffices():
 def test_needles_reach_everywhere():
     rng, starts = np.random.default_rng(0), []
     for _ in range(400):
-        starts.append(plant(np.zeros(4000, np.uint16), needle_task(BYTE, rng), rng).fact.start)
+        row = np.zeros(4000, np.uint16)
+        starts.append(plant(row, needle_task(BYTE, rng), rng).asked[0].start)
     counts, _ = np.histogram(starts, 4, (0, 4000))
     assert counts.min() > 60 and len({start // 100 for start in starts}) > 35
 

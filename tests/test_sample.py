@@ -163,7 +163,8 @@ def test_every_question_has_its_fact_in_the_row_and_the_answer_at_its_end(tiny_r
         for row in rows:
             text, answer = (run.enc.decode(x.tolist()) for x in (row, row[-7:]))
             assert answer.isdigit() and len(answer) == 7 and text.count(answer) == 2
-            assert text.endswith(f" is {answer}")
+            question = text[text.rindex("\n") :]
+            assert text.count(question) == 2 and question.endswith(answer)
 
 
 @pytest.mark.parametrize("depth, place", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
@@ -173,8 +174,82 @@ def test_a_fact_stands_at_the_depth_asked_for(tiny_run, asked, depth, place):
     ((rows, _),) = asked
     for row in rows:
         text = run.enc.decode(row.tolist())
-        fact = text.index(text[-7:]) / text.rindex("# The secret")
+        fact = text.index(text[-7:]) / text.rindex("\n")  # a question is one line, the last
         assert fact == pytest.approx(place, abs=0.15)
+
+
+def test_every_answer_of_a_row_is_scored(tiny_run, monkeypatch):
+    """Two questions a row: a model that knows the last answer only has half of them right."""
+    answering(monkeypatch, lambda y: torch.cat((y[:, :-7] + 1, y[:, -7:]), 1))
+    run = opened(tiny_run, questions=2)
+    assert sample.probe_needle(run, 4 * T) == dict(accuracy=0.5)
+    tails = {tuple(p.row[p.tail].tolist()) for p in run.planted(4 * T)}
+    assert len(tails) == 6 and all(len(p.answers) == 2 for p in run.planted(4 * T))
+
+
+def test_held_out_questions_and_other_haystacks_change_the_rows(tiny_run, data_dir, tmp_path):
+    plain = opened(tiny_run)
+    assert not np.array_equal(plain.planted(4 * T)[0].row,
+                              opened(tiny_run, held_out=True).planted(4 * T)[0].row)
+    said = plain.enc.decode(opened(tiny_run, haystack="repeat").rows(T)[0].tolist())
+    assert "The sky is blue" in said
+    noise = opened(tiny_run, haystack="noise").rows(4 * T)
+    assert noise.shape == (6, 4 * T + 1) and len(np.unique(noise)) > 200
+    other = opened(tiny_run, haystack=load_run_dataset(tiny_run))
+    assert np.array_equal(other.text, other.data.train)
+    with pytest.raises(UsageError, match="no dataset folder"):
+        opened(tiny_run, haystack="nowhere").rows(T)
+
+
+def load_run_dataset(folder):
+    return train.load_run(folder)[1].dataset
+
+
+# -- the attention probe ---------------------------------------------------------------------------
+
+
+def test_attention_shares_sum_to_1_and_stay_inside_the_window(tiny_run):
+    run = opened(tiny_run)
+    for multiple in (1, 4):
+        layers = sample.probe_attention(run, multiple * T)["layers"]
+        assert [layer["letter"] for layer in layers] == list("SSSN")
+        for layer in layers:
+            assert sum(layer[s] for s in sample.SEGMENTS) == pytest.approx(1, abs=1e-4)
+            reach = 16 if layer["letter"] == "S" else multiple * T
+            assert 0 < layer["entropy"] <= math.log2(reach)
+            assert len(layer["curve"]) == sample.BINS
+        for layer in layers[:3]:  # begin and needle are out of a window's sight
+            assert layer["begin"] == layer["needle"] == 0 and layer["qc"] > 0.1
+        assert min(layers[3][s] for s in sample.SEGMENTS) > 0
+
+
+def test_attention_of_a_model_that_looks_everywhere_alike_is_the_share_of_the_tokens(tiny_run):
+    """With queries of zero every key weighs the same, so the shares are known."""
+    run = opened(tiny_run)
+    for block in run.model.blocks:
+        torch.nn.init.zeros_(block.attn.wq.weight)
+    found = sample.probe_attention(run, 4 * T)["layers"][3]
+    planted, n = run.planted(4 * T, 0.5), 7
+    seen = np.arange(4 * T - n + 1, 4 * T + 1)  # keys that each of the answer's queries sees
+    tail = np.array([p.tail.stop - p.tail.start for p in planted])
+    needle = np.array([p.asked[0].stop - p.asked[0].start for p in planted])
+    assert found["begin"] == pytest.approx((10 / seen).mean(), rel=1e-4)
+    assert found["needle"] == pytest.approx((needle[:, None] / seen).mean(), rel=1e-4)
+    in_tail = [(seen - (4 * T + 1 - t)) / seen for t in tail]
+    assert found["qc"] == pytest.approx(np.mean(in_tail), rel=1e-4)
+    assert found["entropy"] == pytest.approx(np.log2(seen).mean(), rel=1e-4)
+
+
+def test_the_attention_table_has_a_line_for_each_kind_of_layer(own_run, capsys):
+    ask(own_run, "--probe=attention", "--factor=4")
+    rows = table_rows(capsys.readouterr().out, "where the answer's queries look")["own"]
+    assert [row[:2] for row in rows] == [[k, t] for k in ("N", "S", "NS") for t in ("64", "256")]
+    found = numbers(own_run)["attention"]["4"]["layers"]
+    assert rows[1][2:] == [f"{found[3][s]:.4f}" for s in sample.SEGMENTS] + [
+        f"{found[3]['entropy']:.2f}"
+    ]
+    mean = np.mean([layer["needle"] for layer in found])
+    assert rows[5][3] == f"{mean:.4f}"
 
 
 def test_the_needle_probe_scores_the_same_targets_at_every_length(tiny_run, asked):
@@ -199,7 +274,8 @@ def test_answers_of_different_lengths_are_scored_whole(tiny_run, monkeypatch):
     def needle_task(*args):
         task = real(*args)
         calls.append(task)
-        return task._replace(answer=task.answer[: 5 if len(calls) % 2 == 0 else 7])
+        ((question, answer),) = task.turns
+        return task._replace(turns=[(question, answer[: 5 if len(calls) % 2 == 0 else 7])])
 
     def five_right(y):
         return torch.cat((y[:, :-5] + 1, y[:, -5:]), 1)

@@ -97,10 +97,10 @@ def test_rows_are_training_text_word_for_word(data):
 def test_the_asked_share_of_rows_ends_in_question_and_answer(data):
     x, y = make_batch(data, config(batch_size=400, needle_frac=0.25), 64, 0, 0)
     rows = [data.enc.decode(row.tolist()) for row in np.concatenate((x[:, :1], y), 1)]
-    asked = [re.search(r"of (\w+) is (\d{7})$", row) for row in rows]
-    asked = [(row, m) for row, m in zip(rows, asked, strict=True) if m]
+    asked = [(row, re.search(r"(\n.+)(\d{7})$", row)) for row in rows]
+    asked = [(row, m) for row, m in asked if m and m[2] != "1234567"]  # that is in the text
     assert 70 < len(asked) < 130
-    assert all(row.count(f"of {m[1]} is {m[2]}") == 2 for row, m in asked)  # the fact, and the end
+    assert all(row.count(m[0]) == 2 for row, m in asked)  # the fact, and the end
 
 
 def test_a_context_too_short_for_the_facts_is_one_clear_error(fit, tmp_path):
@@ -230,13 +230,14 @@ def test_a_run_folder_tells_how_it_was_made(tiny_run, data):
 def test_checkpoint_restores_every_config_field(fit, tmp_path):
     """Every field set to something that is not its default."""
     model_flags = dict(
-        vocab_size=512, block_size=66, n_layer=2, n_head=4, n_kv_head=2, n_embd=48, ffn_dim=96,
+        vocab_size=512, block_size=130, n_layer=2, n_head=4, n_kv_head=2, n_embd=48, ffn_dim=96,
         pattern="WR", window=9, rope_theta=500.0, rope_theta_full=3e4, qk_norm=True, log_scale=True,
         attn_scale=0.2, logit_scale=0.5, norm_eps=1e-4, attention="mask",
     )  # fmt: skip
     train_flags = dict(
         preset="rnope", scale="gpu", batch_size=3, gradient_accumulation_steps=2, max_iters=2,
-        needle_frac=0.3, needles=1, needle_digits=5, optimizer="adamw", learning_rate=3e-3,
+        needle_frac=0.3, needles=2, needle_digits=5, needle_questions=2, long_rows=260,
+        long_frac=0.3, optimizer="adamw", learning_rate=3e-3,
         min_lr=2e-3, warmup_iters=1, weight_decay=0.2, beta1=0.8, beta2=0.9, grad_clip=0.7,
         eval_interval=2, eval_iters=1, log_interval=2, seed=5, device="cpu", dtype="float32",
         compile=False,
@@ -375,6 +376,40 @@ def test_after_a_run_an_interrupt_interrupts_again(fit, tmp_path):
 
 
 # -- stage two -------------------------------------------------------------------------------------
+
+
+def test_long_steps_are_interleaved_and_hold_as_many_tokens(data):
+    cfg = config(batch_size=8, long_rows=256, long_frac=0.25, needle_frac=0.0)
+    shapes = [make_batch(data, cfg, 64, step, 0)[0].shape for step in range(12)]
+    assert shapes == [(8, 64), (8, 64), (8, 64), (2, 256)] * 3
+    assert not any(make_batch(data, config(), 64, s, 0)[0].shape != (6, 64) for s in range(4))
+
+
+def test_a_long_row_asks_as_often_per_token_as_the_short_ones(data):
+    """256 tokens, questions in half of the 64-token rows: two facts and two questions expected."""
+    cfg = config(batch_size=400, long_rows=256, long_frac=1.0, needle_frac=0.5)
+    x, y = make_batch(data, cfg, 64, 0, 0)
+    rows = [data.enc.decode(row.tolist()) for row in np.concatenate((x[:, :1], y), 1)]
+    numbers = [re.findall(r"\d{7}", row.replace("1234567", "")) for row in rows]
+    assert x.shape == (100, 256)
+    assert 170 < sum(len(set(n)) for n in numbers) < 230
+    assert all(sorted(n) == sorted(2 * list(set(n))) for n in numbers)  # each told, and asked for
+
+
+def test_a_second_stage_trains_on_both_lengths(fit, tiny_run, tmp_path, capsys):
+    fit(tmp_path / "run", f"--init_from={tiny_run}", "--long_rows=256", "--max_iters=4",
+        "--eval_iters=1")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "first step of 64-token rows" in out and "first step of 256-token rows" in out
+    model, cfg, _ = load_run(tmp_path / "run")
+    assert model.config.block_size == 64 and cfg.long_rows == 256  # 1x is what it was
+
+
+@pytest.mark.parametrize("flag", ["--long_rows=100", "--long_rows=1048576"])
+def test_long_rows_that_do_not_fill_a_batch_are_refused(fit, tmp_path, flag):
+    with pytest.raises(UsageError, match="multiple of the 64 tokens"):
+        fit(tmp_path / "run", flag)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stage_two_starts_from_the_weights_at_a_longer_context(fit, tiny_run, tmp_path, records):
