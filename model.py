@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class UsageError(ValueError):
@@ -179,13 +178,11 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     path: "mask" is the definition, S x T memory; "blocks" and "flash" are linear in S. "auto" is
     flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
     """
-    S, D = k.size(1), q.size(-1)
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    flash_runs = q.is_cuda and half and D % 8 == 0 and D <= 256
-    if path == "flash" and not flash_runs:
+    S = k.size(1)
+    if path == "flash" and not flash_runs(q):
         raise UsageError("--attention=flash needs CUDA, bfloat16, and heads of 8, 16, ... 256")
     if path == "auto":
-        path = "flash" if flash_runs else "blocks"
+        path = "flash" if flash_runs(q) else "blocks"
     if path == "mask":
         return attend_mask(q, k, v, window, chunked)
     if window is None or window >= S:  # nothing is out of sight
@@ -196,6 +193,12 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     if path == "flash":
         return attend_flash(q, k, v, window, chunked)
     return attend_blocks(q, k, v, window, chunked)
+
+
+def flash_runs(q):
+    """Can q (B, T, H, D) be attended by torch's flash kernels?"""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and q.size(-1) % 8 == 0 and q.size(-1) <= 256
 
 
 def sdpa(q, k, v, mask=None, causal=False):
@@ -269,6 +272,34 @@ def attend_flash(q, k, v, window=None, chunked=False):
     return y.view(B, T, H, D)
 
 
+def attend_cached(q, k, v, held):
+    """One new query a row, which sees the first `held` keys of a cache: all that it holds.
+
+    q (B, 1, H, D), k and v (B, size, G, D), held (1,) int64 on their device -> (B, 1, H, D).
+    On CUDA `held` is never read on the host, so one CUDA graph serves while the cache fills up:
+    varlen_attn takes from a tensor where its sequences begin. The keys of a row are n of them, of
+    one query each, to fill the card however few the rows are; the softmaxes of the n are then
+    joined (Flash-Decoding, Dao et al. 2023). A last one, of no query, skips the empty slots.
+    """
+    if not flash_runs(q):
+        return sdpa(q, k[:, : int(held)], v[:, : int(held)])
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    (B, _, H, D), (size, G) = q.shape, k.shape[1:3]
+    R, n = H // G, max(1, min(256 // (B * G), size // 256))  # R queries share a head's keys
+    row, piece = torch.arange(B, device=q.device)[:, None], torch.arange(n + 1, device=q.device)
+    ends = held * piece // n  # of a row's pieces, and the beginning of the first
+    cu_k = F.pad((row * size + ends).flatten(), (0, 1), value=B * size).int()
+    cu_q = F.pad(((row * n + piece) * R).flatten(), (0, 1), value=B * n * R).int()
+    q = q.view(B, 1, G, R, D).transpose(2, 3).expand(B, n, R, G, D).reshape(-1, G, D)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    y, lse = varlen_attn(q, k, v, cu_q, cu_k, R, size, return_aux=AuxRequest(lse=True))
+    lse = lse.view(G, B, n, R).masked_fill((ends[1:] == ends[:-1])[:, None], -math.inf)
+    share = lse.softmax(2).permute(1, 2, 3, 0)[..., None]  # (B, n, R, G, 1)
+    y = (y.view(B, n, R, G, D) * share).sum(1).to(q.dtype)
+    return y.transpose(1, 2).reshape(B, 1, H, D)
+
+
 # ---------------------------------------------------------------------------------------------
 # Positions
 
@@ -281,7 +312,7 @@ def rotary(start, T, head_dim, theta, device):
     asked for: there is no table to outgrow.
     """
     freqs = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angles = torch.arange(start, start + T, device=device)[:, None].float() * freqs
+    angles = (start + torch.arange(T, device=device))[:, None].float() * freqs
     cos, sin = angles.cos(), angles.sin()
     pairs = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)  # (T, D / 2, 2) each
     return torch.stack(pairs).flatten(2)[:, :, None]
@@ -312,24 +343,36 @@ class Cache:
     def update(self, k, v, start):
         """Store the n tokens from position `start`; return all keys and values they may see.
 
-        k, v: (B, n, G, D) -> (B, S, G, D). With n > 1 they are in order of position, as `attend`
-        needs them; a single query sees every one of them, so there order is of no matter.
+        k, v: (B, n, G, D) -> (B, S, G, D), in order of position, as `attend` needs them.
         With size 4, tokens 2 3 4 5 are held in slots 2 3 0 1; three more from start 6 take slots
         2 3 0, and what comes back is 2 3 4 5 6 7 8.
         """
         n, size = k.size(1), self.k.size(1)
+        self.check(start + n)
         slots = torch.arange(start, start + n, device=k.device)[-size:] % size
-        if self.span == "full" and start + n > size:
-            raise ValueError(f"this cache was made for {size} tokens, not {start + n}")
         begun = start % size if self.span == "chunk" else start  # held, and may still be seen
-        if n > 1 and begun + n > size:  # the slots wrap round: join old and new in order
+        if begun + n > size:  # the slots wrap round: join old and new in order
             old = torch.arange(start - min(begun, size), start, device=k.device) % size
             seen = [torch.cat((kept[:, old], new), 1) for kept, new in ((self.k, k), (self.v, v))]
             self.k[:, slots], self.v[:, slots] = k[:, -size:], v[:, -size:]
             return seen
         self.k[:, slots], self.v[:, slots] = k, v
-        held = min(begun + n, size)
-        return self.k[:, :held], self.v[:, :held]
+        return self.k[:, : begun + n], self.v[:, : begun + n]
+
+    def append(self, k, v, start):
+        """Store one token, k and v (B, 1, G, D), at position start (1,), a tensor.
+
+        Returns how many of the first slots it may see, (1,): their order is of no matter to it.
+        """
+        size = self.k.size(1)
+        self.k.index_copy_(1, start % size, k)
+        self.v.index_copy_(1, start % size, v)
+        return (start % size if self.span == "chunk" else start).clamp(max=size - 1) + 1
+
+    def check(self, tokens):
+        """Refuse to lose what a full layer has to see."""
+        if self.span == "full" and tokens > self.k.size(1):
+            raise ValueError(f"this cache was made for {self.k.size(1)} tokens, not {tokens}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -379,11 +422,11 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation, q_scale, cache=None, start=0):
         q, k, v = self.qkv(x, rotation, q_scale)
-        if cache is not None:
-            k, v = cache.update(k, v, start)
-        if cache is not None and q.size(1) == 1:
-            y = sdpa(q, k, v)  # a cache holds nothing that its next token may not see
+        if torch.is_tensor(start):  # one more token, after what the cache holds
+            y = attend_cached(q, cache.k, cache.v, cache.append(k, v, start))
         else:
+            if cache is not None:
+                k, v = cache.update(k, v, start)
             y = attend(q, k, v, self.window, self.chunked, self.path)
         return self.wo(y.flatten(2))
 
@@ -493,7 +536,7 @@ class GPT(nn.Module):
         thetas = tuple(sorted({block.attn.theta for block in self.blocks if block.attn.rope}))
         rotated = rotaries(start, T, c.head_dim, thetas, device) if thetas else ()
         rotations = dict(zip(thetas, rotated, strict=True))
-        pos, scale = torch.arange(start, start + T, device=device), None
+        pos, scale = start + torch.arange(T, device=device), None
         if c.log_scale:
             scale = ((pos + 1).log() / math.log(max(2, c.block_size))).clamp(min=1)
         if c.attn_scale:
@@ -503,7 +546,10 @@ class GPT(nn.Module):
         return rotations, scale
 
     def body(self, idx, caches=None, start=0):
-        """idx (B, T) int64 at positions start .. -> the normalised last hidden states (B, T, d)."""
+        """idx (B, T) int64 at positions start .. -> the normalised last hidden states (B, T, d).
+
+        start: an int; or, for a single token after those in the caches, a tensor (1,).
+        """
         rotations, scale = self.positions(idx.size(1), start)
         x = self.wte(idx).to(self.dtype)
         for i, block in enumerate(self.blocks):
@@ -585,12 +631,38 @@ class GPT(nn.Module):
         return x[:, -1]
 
     @torch.no_grad()
-    def decode(self, token, caches, start):
-        """Read one more token (B, 1), at position start, into the caches; its state (B, d)."""
-        # Not cuDNN, the first choice on Hopper: it seems to plan anew for every length of keys.
-        kernels = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-        with sdpa_kernel(list(kernels)):
-            return self.body(token, caches, start)[:, -1]
+    def decoder(self, caches, B, start):
+        """step(token (B, 1), position) -> its state (B, d): reads a token more into the caches.
+
+        start: the first position to come. Launching the few hundred small kernels of a token one
+        by one takes longer than running them, so on CUDA they are captured once as a CUDA graph.
+        A state is overwritten by the next one.
+        """
+        for cache in caches:
+            cache.check(start + 1)
+        device = self.wte.weight.device
+        ids, at = torch.zeros(B, 1, dtype=torch.int64, device=device), torch.tensor([start])
+        at, graph = at.to(device), None
+        if device.type == "cuda":
+            dtype, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+            with torch.autocast("cuda", dtype, on, cache_enabled=False):  # casts belong inside
+                self.body(ids, caches, at)  # warms up, into slots that the first step overwrites
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    x = self.body(ids, caches, at)[:, -1]
+
+        @torch.no_grad()
+        def step(token, position):
+            for cache in caches:
+                cache.check(position + 1)
+            ids.copy_(token)
+            at.fill_(position)
+            if graph is None:
+                return self.body(ids, caches, at)[:, -1]
+            graph.replay()
+            return x
+
+        return step
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
@@ -600,7 +672,7 @@ class GPT(nn.Module):
         top_k keeps the k likeliest tokens, top_p the fewest that hold this probability. Ends early
         when every row has produced the token `stop`; a row that has, repeats it.
         """
-        caches = self.new_caches(len(idx), idx.size(1) + max_new_tokens)
+        caches, step = self.new_caches(len(idx), idx.size(1) + max_new_tokens), None
         x, ended = self.prefill(idx, caches), torch.zeros(len(idx), dtype=torch.bool).to(idx.device)
         for n in range(max_new_tokens):
             token = sample_token(self.head(x), temperature, top_k, top_p, generator)
@@ -610,7 +682,9 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), 1)
             if n + 1 == max_new_tokens or ended.all():
                 break
-            x = self.decode(token, caches, idx.size(1) - 1)
+            at = idx.size(1) - 1
+            step = step or self.decoder(caches, len(idx), at)
+            x = step(token, at)
         return idx
 
     # -- to and from Hugging Face ------------------------------------------------------------------

@@ -636,11 +636,25 @@ class Planted(NamedTuple):
     tail: slice  # all the turns: what stands behind the context
 
 
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+LETTERS, NEW_LETTERS = "bdfgklmnprstvzaeiou", "chjqwxyaeiou"  # keys are made of six of them
 FORMS = [("\n# The secret number of {} is ", ".\n"), ("\n# Remember, {} has ", "!\n"),
-         ("\nKEY_{} = ", "\n"), ("\nBox {} holds ", ", so they say.\n")]
-NEW_SYLLABLES = [vowel + consonant for consonant in "chjqwxy" for vowel in "aeiou"]
+         ("\nKEY_{} = ", "\n"), ("\nBox {} holds ", ";\n")]
 NEW_FORMS = [("\nTo call {} one has to dial ", ".\n"), ('\n    assert find("{}") == ', "\n")]
+OPENINGS = ["\n", "\n# ", "\n    ", "\n- ", "\n// ", '\n"']
+FILLERS = ["a", "the", "my", "this", "code", "key", "name", "value", "entry", "number", "item",
+           "of", "line", "file", "field", "word", "index", "token", "note", "for", "has", "was"]
+LINKS = [" ", " is ", " = ", "=", ": ", " -> ", '": ']
+CLOSINGS = ["\n", ".\n", ";\n", "!\n", ",\n"]
+
+
+def draw_form(rng):
+    """(before, after) a number, `{}` in the first for the key: half of them random words."""
+    def one_of(items):
+        return items[rng.integers(len(items))]
+    if rng.random() < 0.5:
+        return one_of(FORMS)
+    left, right = (one_of(["", one_of(FILLERS)]) for _ in range(2))
+    return one_of(OPENINGS) + f"{left} {{}} {right}".strip() + one_of(LINKS), one_of(CLOSINGS)
 
 
 SENTENCES = ("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back "
@@ -656,19 +670,19 @@ def needle_task(enc, rng, n_needles=4, digits=7, questions=1, held_out=False):
 
     Question and fact share their tokens: the text before a number, the number and the text after
     are encoded apart. held_out: keys and wording that training never sees. Source: the passkeys
-    of RULER (arXiv 2404.06654), in several forms.
+    of RULER (arXiv 2404.06654), in many forms.
     """
     if n_needles < 1 or not 1 <= digits <= 18 or 10**digits < n_needles:
         raise UsageError(f"{n_needles} needles of {digits} digits cannot have different numbers")
     if not 1 <= questions <= n_needles:
         raise UsageError(f"{n_needles} facts are too few for {questions} different questions")
-    syllables, forms = (NEW_SYLLABLES, NEW_FORMS) if held_out else (SYLLABLES, FORMS)
-    base, pieces = len(syllables), []
-    keys = rng.choice(base**3, n_needles, replace=False).tolist()
+    letters = NEW_LETTERS if held_out else LETTERS
+    base, pieces = len(letters), []
+    keys = rng.choice(base**6, n_needles, replace=False).tolist()
     numbers = rng.choice(10**digits, n_needles, replace=False).tolist()
-    before, after = forms[rng.integers(len(forms))]
+    before, after = NEW_FORMS[rng.integers(len(NEW_FORMS))] if held_out else draw_form(rng)
     for key, number in zip(keys, numbers, strict=True):
-        word = "".join(syllables[key // base**i % base] for i in range(3))
+        word = "".join(letters[key // base**i % base] for i in range(6))
         pieces.append((encode(enc, before.format(word)), encode(enc, f"{number:0{digits}d}")))
     facts = [np.concatenate((*piece, encode(enc, after))) for piece in pieces]
     asked = rng.permutation(n_needles)[:questions].tolist()

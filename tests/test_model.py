@@ -37,8 +37,9 @@ def step_by_step(model, idx, prompt, slice=4096):
     """Logits of idx from `prompt` on, through caches: the prompt first, then one at a time."""
     caches = model.new_caches(len(idx), idx.size(1))
     out = [model.head(model.prefill(idx[:, :prompt], caches, slice=slice))]
+    step = model.decoder(caches, len(idx), prompt)
     for t in range(prompt, idx.size(1)):
-        out.append(model.head(model.body(idx[:, t : t + 1], caches, t)[:, -1]))
+        out.append(model.head(step(idx[:, t : t + 1], t)))
     return torch.stack(out, 1), caches
 
 
@@ -573,6 +574,50 @@ def test_reading_on_after_generating_equals_uncached(preset):
             got = model.head(model.body(idx[:, begun + 1 :], caches, begun + 1))
         want = logits(model, idx)[:, begun + 1 :]
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("held", [1, 3, 700, 1024])
+def test_a_query_over_pieces_of_a_cache_is_one_over_all_of_it(monkeypatch, heads, held):
+    """The flash path of decoding, with varlen_attn played by its definition."""
+    from torch.nn.attention import varlen
+
+    pieces = []
+
+    def played(q, k, v, cu_q, cu_k, max_q, max_k, return_aux):
+        y, lse = torch.zeros_like(q), torch.full((q.size(1), len(q)), math.inf)  # as the kernel's
+        for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+            assert b - a <= max_q and d - c <= max_k
+            pieces.append((int(b - a), int(d - c)))
+            if b > a and d > c:
+                scores = torch.einsum("ihd,jhd->hij", q[a:b], k[c:d]) / q.size(-1) ** 0.5
+                y[a:b] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[c:d])
+                lse[:, a:b] = scores.logsumexp(-1)
+        assert int(cu_q[-1]) == len(q) and int(cu_k[-1]) == len(k)
+        return y, lse
+
+    (H, G), g = heads, torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, H, 8, generator=g)
+    k, v = (torch.randn(2, 1024, G, 8, generator=g) for _ in range(2))
+    want = m.attend_cached(q, k, v, torch.tensor([held]))
+    torch.testing.assert_close(want, m.attend_mask(q, k[:, :held], v[:, :held]))
+    monkeypatch.setattr(m, "flash_runs", lambda q: True)
+    monkeypatch.setattr(varlen, "varlen_attn", played)
+    torch.testing.assert_close(m.attend_cached(q, k, v, torch.tensor([held])), want)
+    assert sum(keys for queries, keys in pieces if queries) == 2 * held
+    assert len(pieces) == 2 * (4 + 1)
+
+
+def test_a_full_cache_refuses_another_token():
+    model, idx = build(pattern="SN", n_layer=2), tokens(1, 8)
+    caches = model.new_caches(1, 8)
+    model.prefill(idx[:, :7], caches)
+    step = model.decoder(caches, 1, 7)
+    step(idx[:, 7:], 7)
+    with pytest.raises(ValueError, match="made for 8 tokens, not 9"):
+        step(idx[:, 7:], 8)
+    with pytest.raises(ValueError, match="made for 8 tokens, not 9"):
+        model.decoder(caches, 1, 8)
 
 
 def test_caches_are_never_larger_than_what_their_layer_sees():

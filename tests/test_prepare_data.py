@@ -681,22 +681,18 @@ def test_needles_are_where_they_say_and_never_overlap(bpe, name, depth):
 def test_held_out_questions_share_no_key_and_no_wording_with_the_trained_ones():
     def parts(held_out):
         forms, keys = set(), set()
-        for seed in range(200):
+        for seed in range(300):
             task = needle_task(BYTE, np.random.default_rng(seed), held_out=held_out)
-            for fact in task.facts:
-                text = BYTE.decode(fact.tolist())
-                word = next(w for w in re.findall(r"[a-z]{6}", text) if is_key(w, held_out))
-                keys.add(word)
-                forms.add(re.sub(r"\d+", "#", text.replace(word, "*")))
+            facts = [BYTE.decode(fact.tolist()) for fact in task.facts]
+            same = os.path.commonprefix(facts)  # all of a task have one form
+            keys |= {fact[len(same) :][:6] for fact in facts}
+            forms |= {re.sub(r"\d{7}", "#", same + fact[len(same) + 6 :]) for fact in facts}
         return forms, keys
 
-    def is_key(word, held_out):
-        known = pd.NEW_SYLLABLES if held_out else pd.SYLLABLES
-        return all(word[i : i + 2] in known for i in (0, 2, 4))
-
     (old, keys), (new, new_keys) = parts(False), parts(True)
-    assert len(old) == len(pd.FORMS) and len(new) == len(pd.NEW_FORMS)
-    assert not old & new and not keys & new_keys and len(keys) > 700 < len(new_keys)
+    assert len(new) == len(pd.NEW_FORMS) and len(old) > 100 and not old & new
+    assert len(keys) > 1000 < len(new_keys) and not keys & new_keys
+    assert set("".join(new_keys)) == set(pd.NEW_LETTERS) != set("".join(keys))
 
 
 def test_question_and_answer_repeat_the_asked_fact(bpe):
