@@ -70,6 +70,7 @@ LAYERS = {
 
 PRESETS = {
     "rnope-swa": dict(pattern="SSSN"),  # three local layers, then one that sees everything
+    "rnope-swa-log": dict(pattern="SSSN", log_scale=True),  # and sharper queries as rows grow
     "rope": dict(pattern="R"),
     "nope": dict(pattern="N"),
     "qk-norm": dict(pattern="R", qk_norm=True),

@@ -38,8 +38,8 @@ from prepare_data import load_data, needle_task, parse_flags, plant, run_main, w
 
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
-        n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=8, max_iters=1500,
-        eval_interval=500, eval_iters=16, learning_rate=3e-3, needle_frac=0.0,
+        n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=8, eval_iters=16,
+        learning_rate=3e-3, needle_frac=0.0,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25M parameters, about a minute
 }  # fmt: skip
@@ -63,12 +63,12 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(
         1, "micro-batches of a step, over all processes together", least=1
     )
-    max_iters: int = flag(2000, "optimiser steps", least=1)
+    max_iters: int = flag(1500, "optimiser steps", least=1)
     needle_frac: float = flag(
         0.2, "share of rows with planted facts and a question", least=0, most=1
     )
     needles: int = flag(4, "facts planted in such a row", least=1)
-    needle_questions: int = flag(1, "of them that are asked for, at the end of the row", least=1)
+    needle_questions: int = flag(0, "of them asked for, at the row's end; 0: all of them", least=0)
     needle_digits: int = flag(7, "length of the number that each fact states", least=1)
     long_rows: int = flag(
         0, "tokens of a row in the long steps of a second stage; 0: there are none", least=0
@@ -212,7 +212,8 @@ def make_batch(data, cfg, T, step, micro):
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
-            sizes = n * cfg.needles, cfg.needle_digits, n * cfg.needle_questions
+            asked = cfg.needle_questions or cfg.needles
+            sizes = n * cfg.needles, cfg.needle_digits, n * asked
             rows[r] = plant(rows[r], needle_task(data.enc, rng, *sizes), rng).row
     return rows[:, :-1], rows[:, 1:]
 

@@ -301,6 +301,10 @@ def test_log_scale_is_the_identity_inside_the_training_length():
     assert ((a - b).abs().amax(-1)[:, 32:] > 1e-5).all()
 
 
+def test_rnope_swa_log_is_the_papers_model_with_log_scale():
+    assert PRESETS["rnope-swa-log"] == PRESETS["rnope-swa"] | dict(log_scale=True)
+
+
 def test_log_scale_multiplies_queries_by_the_published_factor():
     """ln(pos + 1) / ln(block_size): at twice the log of the training length, twice the query."""
     on, off = (build(pattern="N", n_layer=1, block_size=8, log_scale=x) for x in (True, False))
@@ -365,7 +369,7 @@ PUBLISHED = {  # PAPER.md: twelve layers, and what else a preset sets
 
 
 def test_presets_are_the_published_hybrids():
-    assert set(PRESETS) == set(PUBLISHED)
+    assert set(PRESETS) == set(PUBLISHED) | {"rnope-swa-log"}  # that one is this project's
     for name, (layers, more) in PUBLISHED.items():
         assert ModelConfig(n_layer=12, **PRESETS[name]).layers == layers, name
         if more is not None:

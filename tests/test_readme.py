@@ -66,15 +66,19 @@ def test_a_command_of_the_readme_is_understood(command):
 )
 def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, data_dir, tiny_run, capsys):
     shutil.copytree(data_dir, tmp_path / "data")
-    for name in ("rope", "rnope-swa") if "sample" in command or "init_from" in command else ():
+    used = re.findall(r"(?<!--out_dir=)out/([\w-]+)", command) or ["rnope-swa"]
+    for name in used if "sample" in command or "init_from" in command else ():
         shutil.copytree(tiny_run, tmp_path / "out" / name)
     monkeypatch.chdir(tmp_path)
     fast = functools.partial(train.time_steps, seconds=0)
     monkeypatch.setattr(train, "time_steps", fast)
     script, flags = script_and_flags(command)
     small = ["--max_multiple=2", "--samples=2", "--max_new_tokens=3", "--cost_rows=1"]
+    small += ["--questions=1"]  # a row of the tiny run has room for one, if it is short
+    small += ["--probe=loss"] if "held_out" in command else []
     if script == "train.py":
         small = [*TINY, "--dataset=tiny", "--data_dir=data", "--max_iters=2"]
         small += ["--bench_lengths=64"] if "bench" in command else []
+        small += ["--long_rows=128"] if "long_rows" in command else []
     SCRIPTS[script].main([*flags, *small])
     assert capsys.readouterr().out
