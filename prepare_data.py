@@ -626,6 +626,7 @@ class Task(NamedTuple):
     facts: list  # token ids of each fact, to stand at distinct places of the row
     turns: list  # (question, answer) token ids; the row ends in all of them, one after another
     asked: list  # for each turn, the index in facts of the fact it is about
+    chains: tuple = ()  # lists of indices in facts: these stand in the row in this order
 
 
 class Planted(NamedTuple):
@@ -665,35 +666,130 @@ HAYSTACKS = {  # name: (encoding, tokens wanted) -> token ids
 }
 
 
+def random_words(rng, n, held_out=False):
+    """n different words of six letters; held_out: of letters that training's words do not have."""
+    letters = NEW_LETTERS if held_out else LETTERS
+    base = len(letters)
+    codes = rng.choice(base**6, n, replace=False).tolist()
+    return ["".join(letters[code // base**i % base] for i in range(6)) for code in codes]
+
+
+def random_numbers(rng, n, digits):
+    """n different numbers of so many digits, as strings."""
+    return [f"{x:0{digits}d}" for x in rng.choice(10**digits, n, replace=False).tolist()]
+
+
+def said(enc, *parts):
+    """Token ids of a text whose parts are encoded apart, so that a question can share them."""
+    return np.concatenate([encode(enc, part) for part in parts])
+
+
 def needle_task(enc, rng, n_needles=4, digits=7, questions=1, held_out=False):
     """Needles that each give a key a secret number, and questions for the numbers of some keys.
 
-    Question and fact share their tokens: the text before a number, the number and the text after
-    are encoded apart. held_out: keys and wording that training never sees. Source: the passkeys
-    of RULER (arXiv 2404.06654), in many forms.
+    held_out: keys and wording that training never sees. Source: the passkeys of RULER
+    (arXiv 2404.06654), in many forms.
     """
     if n_needles < 1 or not 1 <= digits <= 18 or 10**digits < n_needles:
         raise UsageError(f"{n_needles} needles of {digits} digits cannot have different numbers")
     if not 1 <= questions <= n_needles:
         raise UsageError(f"{n_needles} facts are too few for {questions} different questions")
-    letters = NEW_LETTERS if held_out else LETTERS
-    base, pieces = len(letters), []
-    keys = rng.choice(base**6, n_needles, replace=False).tolist()
-    numbers = rng.choice(10**digits, n_needles, replace=False).tolist()
+    words, numbers = random_words(rng, n_needles, held_out), random_numbers(rng, n_needles, digits)
     before, after = NEW_FORMS[rng.integers(len(NEW_FORMS))] if held_out else draw_form(rng)
-    for key, number in zip(keys, numbers, strict=True):
-        word = "".join(letters[key // base**i % base] for i in range(6))
-        pieces.append((encode(enc, before.format(word)), encode(enc, f"{number:0{digits}d}")))
-    facts = [np.concatenate((*piece, encode(enc, after))) for piece in pieces]
+    before = [before.format(word) for word in words]
+    facts = [said(enc, *fact, after) for fact in zip(before, numbers, strict=True)]
     asked = rng.permutation(n_needles)[:questions].tolist()
-    return Task(facts, [pieces[i] for i in asked], asked)
+    turns = [(encode(enc, before[i]), encode(enc, numbers[i])) for i in asked]
+    return Task(facts, turns, asked)
+
+
+def multivalue_task(enc, rng, held_out=False):
+    """One key has four numbers, four others have one: all of the one's, as they come."""
+    words, numbers = random_words(rng, 5, held_out), random_numbers(rng, 8, 7)
+    before, after = NEW_FORMS[rng.integers(len(NEW_FORMS))] if held_out else draw_form(rng)
+    keys = [before.format(word) for word in (*words[:1] * 3, *words)]
+    facts = [said(enc, *fact, after) for fact in zip(keys, numbers, strict=True)]
+    turns = [(encode(enc, keys[0] if i == 0 else ", "), encode(enc, numbers[i])) for i in range(4)]
+    return Task(facts, turns, [0, 1, 2, 3], ([0, 1, 2, 3],))
+
+
+def variables_task(enc, rng, held_out=False):
+    """Two chains of assignments: the four variables that have one of the two values."""
+    words, (value, other) = random_words(rng, 8, held_out), random_numbers(rng, 2, 5)
+    names = [f"VAR {word}" for word in words]
+    given = [value, *names[:3], other, *names[4:7]]
+    facts = [said(enc, "\n", n, " = ", g, "\n") for n, g in zip(names, given, strict=True)]
+    links = [f"\nWhat is {value}? ", " ", " ", " "]
+    turns = [(encode(enc, q), encode(enc, n)) for q, n in zip(links, names, strict=False)]
+    return Task(facts, turns, [0, 1, 2, 3], ([0, 1, 2, 3], [4, 5, 6, 7]))
+
+
+def words_task(enc, rng, held_out=False):
+    """A list of words, scattered: the one that is in it six times, where the others are twice."""
+    words = random_words(rng, 5, held_out)
+    facts = [said(enc, "\n* ", word, "\n") for word in [*words[:1] * 4, *words * 2]]
+    return Task(facts, [(encode(enc, "\nMost often: "), encode(enc, words[0]))], [0])
+
+
+RELATIONS = [  # fact, question in other words, answers
+    ("{} lives in {}.", "Where is the home of {}?", "Rome Paris Oslo Cairo Lima Quito Delhi"),
+    ("{} works as a {}.", "Which job has {}?", "baker nurse pilot judge miner tailor cook"),
+    ("The pet of {} is a {}.", "What animal does {} keep?", "horse mouse goat tiger swan eel"),
+]
+
+
+def qa_task(enc, rng, held_out=False):
+    """Six people of whom two things are told each: a question in other words than the facts."""
+    people = [word.capitalize() for word in random_words(rng, 6, held_out)]
+    kinds = rng.permutation(len(RELATIONS))[:2].tolist()
+    facts, questions = [], []
+    for told, question, values in (RELATIONS[kind] for kind in kinds):
+        for person, value in zip(people, rng.permutation(values.split()).tolist(), strict=False):
+            facts.append(encode(enc, f"\n{told.format(person, value)}\n"))
+            questions.append((f"\n{question.format(person)} ", f"{value}."))
+    asked = int(rng.integers(len(facts)))
+    return Task(facts, [tuple(encode(enc, part) for part in questions[asked])], [asked])
+
+
+TASKS = {  # after RULER, arXiv 2404.06654: (encoding, rng, held_out) -> Task
+    "single": lambda enc, rng, new=False: needle_task(enc, rng, 1, held_out=new),
+    "multikey": lambda enc, rng, new=False: needle_task(enc, rng, 12, held_out=new),
+    "multiquery": lambda enc, rng, new=False: needle_task(enc, rng, 8, 7, 4, new),
+    "multivalue": multivalue_task,
+    "variables": variables_task,
+    "words": words_task,
+    "qa": qa_task,
+}
+
+
+def draw_task(enc, rng, cfg, held_out=False):
+    """One of cfg.tasks; `needle` is the one whose sizes are flags."""
+    names = cfg.tasks.split(",")
+    name = names[rng.integers(len(names))]
+    if name != "needle":
+        return TASKS[name](enc, rng, held_out)
+    asked = cfg.needle_questions or cfg.needles
+    return needle_task(enc, rng, cfg.needles, cfg.needle_digits, asked, held_out)
+
+
+def together(tasks):
+    """Several tasks as one, for one row."""
+    all_of = Task([], [], [], ())
+    for task in tasks:
+        n = len(all_of.facts)
+        chains = tuple([i + n for i in chain] for chain in task.chains)
+        asked = [i + n for i in task.asked]
+        more = Task(task.facts, task.turns, asked, chains)
+        all_of = Task(*(a + b for a, b in zip(all_of, more, strict=True)))
+    return all_of
 
 
 def plant(row, task, rng, depth=None):
     """Overwrite parts of a row (T,) with a task's facts, and its tail with questions + answers.
 
-    Facts never overlap and all come before the questions, in random order and places. depth 0..1
-    fixes the place of the fact asked about first: 0 opens the row, 1 ends right before the tail.
+    Facts never overlap and all come before the questions, in random places, and in random order
+    but for the task's chains. depth 0..1 fixes the place of the fact asked about first, in tasks
+    without chains: 0 opens the row, 1 ends right before the tail.
     Errors: UsageError with the length that suffices, where the row is too short.
     """
     lengths, asked = [len(fact) for fact in task.facts], task.asked[0]
@@ -705,6 +801,10 @@ def plant(row, task, rng, depth=None):
         raise UsageError(f"a row of {len(row)} tokens cannot hold {len(lengths)} facts and the "
                          f"questions: {needed + tail} are needed")
     order = rng.permutation(len(lengths)).tolist()
+    for links in task.chains:
+        places = sorted(order.index(i) for i in links)
+        for place, i in zip(places, links, strict=True):
+            order[place] = i
     gaps = rng.integers(free + 1, size=len(order)).tolist()  # free tokens left of each fact
     if depth is not None:
         if not 0 <= depth <= 1:

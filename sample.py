@@ -11,6 +11,8 @@ column differs from the next in nothing but how much context stands before them:
     loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of val
     needle   share of questions answered exactly, all tokens of the answer, greedily; the facts are
              planted at random depths of val text (prepare_data.plant)
+    ruler    share of right answers for each of --tasks, RULER's tasks in small: their averages over
+             retrieval and over questions and answers are what the paper reports
     attention  where the queries that produce the answer look, by kind of layer: shares on the
              first 10 tokens, the fact asked for, the rest of the context, and the question
     cost     tokens per second of prefill and of cached decoding, and the size of the cache
@@ -23,7 +25,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,10 +37,11 @@ from tqdm import tqdm
 from model import GPT, UsageError, check_ranges, flag, sample_token, visible
 from prepare_data import (
     HAYSTACKS,
+    TASKS,
+    draw_task,
     encode,
     encoding,
     load_data,
-    needle_task,
     parse_flags,
     plant,
     run_main,
@@ -57,7 +60,8 @@ class SampleConfig:
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
     top_p: float = flag(1.0, "sample among the fewest tokens that hold this probability", above=0)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
-    probe: str = flag("loss,needle", "what to measure, of loss,needle,attention,cost")
+    probe: str = flag("loss,needle", "what to measure, of loss,needle,ruler,attention,cost")
+    tasks: str = flag(",".join(TASKS), "what the ruler probe asks")
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
@@ -79,6 +83,8 @@ class SampleConfig:
         unknown = set(self.probe.split(",")) - set(PROBES)
         if unknown:
             raise UsageError(f"--probe={self.probe}: choose from {', '.join(PROBES)}")
+        if set(self.tasks.split(",")) - set(TASKS):
+            raise UsageError(f"--tasks={self.tasks}: choose from {', '.join(TASKS)}")
         plot = Path(self.plot or "probe.png")
         if not plot.parent.is_dir() or plot.suffix not in (".png", ".pdf", ".svg"):
             raise UsageError(f"--plot={plot}: name a .png, .pdf or .svg in a folder that exists")
@@ -135,10 +141,8 @@ class Run:
             raise UsageError(f"{folder} is not the text that {self.folder} was trained on")
         return data
 
-    @cached_property
-    def text(self):
-        """Token ids that rows are cut from: val, or what --haystack names."""
-        name = self.cfg.haystack
+    def text(self, name):
+        """Token ids that rows are cut from: val, or what the name of a haystack says."""
         if name in HAYSTACKS:
             return HAYSTACKS[name](self.enc, 2 * self.T * self.cfg.max_multiple)
         if not name:
@@ -148,27 +152,28 @@ class Run:
             raise UsageError(f"--haystack={name} has other tokens than {self.folder} learnt from")
         return other.train  # none of it was seen in training
 
-    def rows(self, length):
+    def rows(self, length, haystack=None):
         """(samples, length + 1) token ids, ending at the same places whatever the length."""
+        text = self.text(haystack or self.cfg.haystack)
         longest = self.T * self.cfg.max_multiple + 1
-        if longest > len(self.text):
+        if longest > len(text):
             raise UsageError(
-                f"the text has {len(self.text)} tokens, {self.cfg.max_multiple}x asks for "
-                f"{longest}: use --max_multiple={max(1, (len(self.text) - 1) // self.T)} at most"
+                f"the text has {len(text)} tokens, {self.cfg.max_multiple}x asks for {longest}: "
+                f"use --max_multiple={max(1, (len(text) - 1) // self.T)} at most"
             )
-        first = max(longest, len(self.text) // 4)
-        ends = np.linspace(first, len(self.text), self.cfg.samples).astype(int)
-        return self.data.rows(self.text, ends - length - 1, length + 1)
+        first = max(longest, len(text) // 4)
+        ends = np.linspace(first, len(text), self.cfg.samples).astype(int)
+        return self.data.rows(text, ends - length - 1, length + 1)
 
-    def planted(self, length, depth=None):
-        """rows, with facts and questions: a list of prepare_data.Planted."""
-        n, digits = self.train.needles, self.train.needle_digits
+    def planted(self, length, depth=None, task="needle", haystack=None):
+        """rows, with a task's facts and questions: a list of prepare_data.Planted."""
+        asked = self.cfg.questions
+        sizes = dict(tasks=task, needles=max(self.train.needles, asked), needle_questions=asked)
         planted = []
-        for i, row in enumerate(self.rows(length)):
+        for i, row in enumerate(self.rows(length, haystack)):
             rng = np.random.default_rng((self.cfg.seed, i))  # the same questions at every length
-            asked = self.cfg.questions
-            task = needle_task(self.enc, rng, max(n, asked), digits, asked, self.cfg.held_out)
-            planted.append(plant(row, task, rng, depth))
+            drawn = draw_task(self.enc, rng, replace(self.train, **sizes), self.cfg.held_out)
+            planted.append(plant(row, drawn, rng, depth))
         return planted
 
     @torch.no_grad()
@@ -192,15 +197,36 @@ def probe_loss(run, length, _depth=None):
 
 
 def probe_needle(run, length, depth=None):
-    """Share of answers that are the likeliest token at each of their places -> {accuracy}."""
-    planted = run.planted(length, depth)
+    """Share of the needle task's answers that are right -> {accuracy}."""
+    return dict(accuracy=share_right(run, run.planted(length, depth)))
+
+
+def share_right(run, planted):
+    """Share of answers that are the likeliest token at each of their places."""
     n = max(len(p.row) - p.answers[0].start for p in planted)
     rows = np.stack([p.row for p in planted])
     hits = np.concatenate([(x.argmax(-1) == y).cpu().numpy() for x, y in run.predict(rows, n)])
     ends = zip(hits, planted, strict=True)  # hits: of the last n tokens of a row
     exact = [hit[a.start - len(p.row) :][: a.stop - a.start].all()
              for hit, p in ends for a in p.answers]  # fmt: skip
-    return dict(accuracy=float(np.mean(exact)))
+    return float(np.mean(exact))
+
+
+def probe_ruler(run, length, _depth=None):
+    """Share of right answers, task by task -> {task: share, ..., retrieval, qa: averages}.
+
+    `single` is asked in repeated text and in noise too, unless a haystack is given.
+    """
+    names = run.cfg.tasks.split(",")
+    jobs = [(name, name, None) for name in names]
+    if "single" in names and not run.cfg.haystack:
+        jobs += [(f"single, {haystack}", "single", haystack) for haystack in HAYSTACKS]
+    found = {
+        label: share_right(run, run.planted(length, task=name, haystack=haystack))
+        for label, name, haystack in jobs
+    }
+    retrieval = [share for label, share in found.items() if label != "qa"]
+    return found | (dict(retrieval=float(np.mean(retrieval))) if retrieval else {})
 
 
 SEGMENTS = ("begin", "needle", "context", "qc")  # as in the paper; qc: question and completion
@@ -289,7 +315,8 @@ def probe_cost(run, length, _depth=None):
 
 
 PROBES = {
-    "loss": probe_loss, "needle": probe_needle, "attention": probe_attention, "cost": probe_cost
+    "loss": probe_loss, "needle": probe_needle, "ruler": probe_ruler,
+    "attention": probe_attention, "cost": probe_cost,
 }  # fmt: skip
 DEPTHS = [i / 10 for i in range(11)]
 
@@ -345,6 +372,7 @@ TITLES = {  # probe: (numbers shown and their formats, title)
         "bits per byte of the last T/4 tokens (perplexity per token)",
     ),
     "needle": ({"accuracy": "{:.3f}"}, "questions answered exactly"),
+    "ruler": ({"retrieval": "{:.3f}"}, "right answers, average over the retrieval tasks"),
     "attention": ({"needle": "{:.4f}"}, "attention on the fact asked for, of the answer's queries"),
     "cost": (
         {"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
@@ -388,6 +416,16 @@ def attention_table(lines):
                 rows.append(row)
     head = ["run", "layers", "context", *SEGMENTS, "entropy, bits"]
     return markdown("where the answer's queries look, needle at 50 % depth", head, rows)
+
+
+def ruler_table(lines):
+    """One row a run and length, one column a task, the average over retrieval last."""
+    rows = []
+    for label, runs in lines.items():
+        for m, found in runs[0].found["ruler"].items():
+            shares = [[run.found["ruler"][m][task] for run in runs] for task in found]
+            rows.append([label, f"{int(m) * runs[0].T:,}", *(spread(x, "{:.3f}") for x in shares)])
+    return markdown("share of right answers by task", ["run", "context", *found], rows)
 
 
 def kinds_of(run):
@@ -491,7 +529,8 @@ def main(argv):
         run.found = measure(run, cfg)
     lines = lines_of(runs)
     for probe in cfg.probe.split(","):
-        print(f"\n{attention_table(lines) if probe == 'attention' else table(probe, lines)}")
+        own = {"attention": attention_table, "ruler": ruler_table}
+        print("\n" + (own[probe](lines) if probe in own else table(probe, lines)))
     for label, group in lines.items() if cfg.heatmap else ():
         print(f"\n{heatmap_table(group, label)}")
     figure = Path(cfg.plot or runs[0].folder / "probe.png")

@@ -34,7 +34,16 @@ from tqdm import tqdm
 
 import prepare_data
 from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag
-from prepare_data import load_data, needle_task, parse_flags, plant, run_main, write_atomically
+from prepare_data import (
+    TASKS,
+    draw_task,
+    load_data,
+    parse_flags,
+    plant,
+    run_main,
+    together,
+    write_atomically,
+)
 
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
@@ -67,9 +76,10 @@ class TrainConfig:
     needle_frac: float = flag(
         0.2, "share of rows with planted facts and a question", least=0, most=1
     )
-    needles: int = flag(4, "facts planted in such a row", least=1)
-    needle_questions: int = flag(0, "of them asked for, at the row's end; 0: all of them", least=0)
-    needle_digits: int = flag(7, "length of the number that each fact states", least=1)
+    tasks: str = flag("needle", "what they ask, comma separated: needle, " + ", ".join(TASKS))
+    needles: int = flag(4, "needle: facts planted in such a row", least=1)
+    needle_questions: int = flag(0, "needle: facts asked for at the row's end; 0: all", least=0)
+    needle_digits: int = flag(7, "needle: length of the number that each fact states", least=1)
     long_rows: int = flag(
         0, "tokens of a row in the long steps of a second stage; 0: there are none", least=0
     )
@@ -99,6 +109,9 @@ class TrainConfig:
         check_ranges(self)
         if self.min_lr > self.learning_rate:
             raise UsageError(f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
+        unknown = set(self.tasks.split(",")) - {"needle", *TASKS}
+        if unknown:
+            raise UsageError(f"--tasks={self.tasks}: choose from needle, {', '.join(TASKS)}")
         if self.needle_questions > self.needles:
             raise UsageError(
                 f"--needle_questions={self.needle_questions}: above --needles={self.needles}"
@@ -212,9 +225,8 @@ def make_batch(data, cfg, T, step, micro):
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
-            asked = cfg.needle_questions or cfg.needles
-            sizes = n * cfg.needles, cfg.needle_digits, n * asked
-            rows[r] = plant(rows[r], needle_task(data.enc, rng, *sizes), rng).row
+            task = together([draw_task(data.enc, rng, cfg) for _ in range(n)])
+            rows[r] = plant(rows[r], task, rng).row
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -496,7 +508,9 @@ def begin(given):
             first = asdict(state["train_config"])
             if given.get("preset", first["preset"]) != first["preset"]:
                 raise UsageError(f"--preset: {source} is {first['preset']} and stays so")
-            kept = "preset dataset data_dir needle_frac needles needle_digits needle_questions"
+            kept = (
+                "preset dataset data_dir needle_frac tasks needles needle_digits needle_questions"
+            )
             given = {k: first[k] for k in kept.split()} | given
         cfg, model_cfg = settle(given, state and state["model_config"])
     machine = Machine(cfg.device, cfg.dtype)

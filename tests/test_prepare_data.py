@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -693,6 +694,85 @@ def test_held_out_questions_share_no_key_and_no_wording_with_the_trained_ones():
     assert len(new) == len(pd.NEW_FORMS) and len(old) > 100 and not old & new
     assert len(keys) > 1000 < len(new_keys) and not keys & new_keys
     assert set("".join(new_keys)) == set(pd.NEW_LETTERS) != set("".join(keys))
+
+
+def by_key(text):
+    """The numbers of the key that the last line asks for, in their order: the next one due."""
+    line = text[text.rindex("\n") :]
+    key, *given = re.split(r"\d{7}", line)
+    return re.findall(re.escape(key) + r"(\d{7})", text[: -len(line)])[len(given)]
+
+
+def by_chain(text):
+    facts = re.findall(r"\n(VAR \w{6}) = (\d{5}|VAR \w{6})\n", text)
+    value, given = re.search(r"\nWhat is (\d{5})\? (.*)$", text).groups()
+    for _ in range(given.count("VAR") + 1):
+        (value,) = (name for name, said in facts if said == value)
+    return value
+
+
+def by_count(text):
+    ((word, n), (_, second), *_) = Counter(re.findall(r"\n\* (\w{6})\n", text)).most_common()
+    assert (n, second) == (6, 2)
+    return word
+
+
+def by_person(text):
+    question = text[text.rindex("\n") + 1 :].strip()
+    for fact, asked, _ in pd.RELATIONS:
+        person = re.fullmatch(re.escape(asked).replace(r"\{\}", r"(\w+)"), question)
+        if person:
+            fact = re.escape(fact.format(person[1], "#")).replace(r"\#", r"(\w+)")
+            return re.search(rf"\n{fact}\n", text)[1] + "."
+    raise AssertionError(question)
+
+
+ORACLES = dict.fromkeys(pd.TASKS, by_key) | dict(variables=by_chain, words=by_count, qa=by_person)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("name", pd.TASKS)
+def test_every_answer_can_be_read_from_its_row(name, held_out):
+    """An oracle that sees what stands before an answer, and nothing else, gives all of them."""
+    answers = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        task, row = pd.TASKS[name](BYTE, rng, held_out), np.full(1000, ord("."), np.uint16)
+        planted = plant(row, task, rng)
+        spans = sorted((span.start, span.stop) for span in (*planted.facts, planted.tail))
+        assert all(a <= b for (_, a), (b, _) in zip(spans, spans[1:], strict=False))
+        for fact, span in zip(task.facts, planted.facts, strict=True):
+            assert (planted.row[span] == fact).all()
+        for links in task.chains:
+            assert all(planted.facts[a].stop <= planted.facts[b].start
+                       for a, b in zip(links, links[1:], strict=False))
+        for span, (_, answer), fact in zip(planted.answers, task.turns, task.asked, strict=True):
+            before, said = (BYTE.decode(x.tolist()) for x in (planted.row[: span.start], answer))
+            assert ORACLES[name](before) == said and said in BYTE.decode(task.facts[fact].tolist())
+            answers.append(said)
+    # No answer is a good guess: whoever always gives the commonest is right as often as chance.
+    assert Counter(answers).most_common(1)[0][1] / len(answers) < (0.15 if name == "qa" else 0.03)
+
+
+def test_several_tasks_in_a_row_are_answered_one_by_one():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        names = rng.permutation(list(pd.TASKS))[:4].tolist()
+        task = pd.together([pd.TASKS[name](BYTE, rng) for name in names])
+        planted = plant(np.full(4000, ord("."), np.uint16), task, rng)
+        turns = [name for name in names for _ in pd.TASKS[name](BYTE, rng).turns]
+        assert len(turns) == len(planted.answers)
+        for name, span in zip(turns, planted.answers, strict=True):
+            before = BYTE.decode(planted.row[: span.start].tolist())
+            assert ORACLES[name](before) == BYTE.decode(planted.row[span].tolist())
+
+
+@pytest.mark.parametrize("name", pd.TASKS)
+def test_the_same_seed_gives_the_same_task(name):
+    def made(seed):
+        task = pd.TASKS[name](BYTE, np.random.default_rng(seed))
+        return [fact.tolist() for fact in task.facts], task.asked
+    assert made(5) == made(5) != made(6)
 
 
 def test_question_and_answer_repeat_the_asked_fact(bpe):

@@ -80,5 +80,6 @@ def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, data_dir, 
         small = [*TINY, "--dataset=tiny", "--data_dir=data", "--max_iters=2"]
         small += ["--bench_lengths=64"] if "bench" in command else []
         small += ["--long_rows=128"] if "long_rows" in command else []
+    small += ["--tasks=single"] if "ruler" in command or "tasks" in command else []
     SCRIPTS[script].main([*flags, *small])
     assert capsys.readouterr().out

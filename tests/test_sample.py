@@ -13,6 +13,7 @@ from conftest import forget_text
 import sample
 import train
 from model import UsageError
+from prepare_data import TASKS
 from sample import Run, SampleConfig
 
 T = 64  # of the tiny run
@@ -195,14 +196,39 @@ def test_held_out_questions_and_other_haystacks_change_the_rows(tiny_run, data_d
     assert "The sky is blue" in said
     noise = opened(tiny_run, haystack="noise").rows(4 * T)
     assert noise.shape == (6, 4 * T + 1) and len(np.unique(noise)) > 200
-    other = opened(tiny_run, haystack=load_run_dataset(tiny_run))
-    assert np.array_equal(other.text, other.data.train)
+    other = opened(tiny_run, haystack=plain.train.dataset)
+    assert other.rows(T)[0].tobytes() in other.data.train.tobytes()
     with pytest.raises(UsageError, match="no dataset folder"):
         opened(tiny_run, haystack="nowhere").rows(T)
 
 
-def load_run_dataset(folder):
-    return train.load_run(folder)[1].dataset
+# -- the ruler probe -------------------------------------------------------------------------------
+
+
+def test_the_ruler_probe_has_a_column_a_task_and_an_average_over_retrieval(tiny_run, monkeypatch):
+    columns = [*TASKS, "single, repeat", "single, noise", "retrieval"]
+    for answer, score in [(lambda y: y, 1.0), (lambda y: torch.zeros_like(y), 0.0)]:
+        answering(monkeypatch, answer)
+        found = sample.probe_ruler(opened(tiny_run, max_multiple=16, samples=2), 16 * T)
+        assert list(found) == columns and set(found.values()) == {score}
+    found = sample.probe_ruler(opened(tiny_run, tasks="qa", max_multiple=16), 16 * T)
+    assert list(found) == ["qa"]
+
+
+def test_questions_and_answers_are_not_in_the_average_over_retrieval(tiny_run, monkeypatch):
+    scores = dict(single=0.25, qa=0.75)
+    monkeypatch.setattr(sample, "share_right", lambda run, planted: scores[planted])
+    monkeypatch.setattr(Run, "planted", lambda self, length, task, haystack: task)
+    found = sample.probe_ruler(opened(tiny_run, tasks="single,qa", haystack="noise"), T)
+    assert found == dict(single=0.25, qa=0.75, retrieval=0.25)
+
+
+def test_the_ruler_table_is_length_by_task(own_run, capsys):
+    ask(own_run, "--probe=ruler", "--tasks=single", "--max_multiple=16", "--factor=16",
+        "--samples=2", "--haystack=repeat")  # fmt: skip
+    rows = table_rows(capsys.readouterr().out, "share of right answers by task")
+    assert rows["run"] == [["context", "single", "retrieval"]]
+    assert [row[0] for row in rows["own"]] == ["64", "1,024"]
 
 
 # -- the attention probe ---------------------------------------------------------------------------
@@ -269,9 +295,9 @@ def test_the_planted_facts_depend_on_the_seed_alone(tiny_run, asked):
 
 
 def test_answers_of_different_lengths_are_scored_whole(tiny_run, monkeypatch):
-    real, calls = sample.needle_task, []
+    real, calls = sample.draw_task, []
 
-    def needle_task(*args):
+    def draw_task(*args):
         task = real(*args)
         calls.append(task)
         ((question, answer),) = task.turns
@@ -280,7 +306,7 @@ def test_answers_of_different_lengths_are_scored_whole(tiny_run, monkeypatch):
     def five_right(y):
         return torch.cat((y[:, :-5] + 1, y[:, -5:]), 1)
 
-    monkeypatch.setattr(sample, "needle_task", needle_task)
+    monkeypatch.setattr(sample, "draw_task", draw_task)
     answering(monkeypatch, five_right)
     assert sample.probe_needle(opened(tiny_run), T) == dict(accuracy=0.5)
 

@@ -236,8 +236,8 @@ def test_checkpoint_restores_every_config_field(fit, tmp_path):
     )  # fmt: skip
     train_flags = dict(
         preset="rnope", scale="gpu", batch_size=3, gradient_accumulation_steps=2, max_iters=2,
-        needle_frac=0.3, needles=2, needle_digits=5, needle_questions=2, long_rows=260,
-        long_frac=0.3, optimizer="adamw", learning_rate=3e-3,
+        needle_frac=0.3, tasks="single", needles=2, needle_digits=5, needle_questions=2,
+        long_rows=260, long_frac=0.3, optimizer="adamw", learning_rate=3e-3,
         min_lr=2e-3, warmup_iters=1, weight_decay=0.2, beta1=0.8, beta2=0.9, grad_clip=0.7,
         eval_interval=2, eval_iters=1, log_interval=2, seed=5, device="cpu", dtype="float32",
         compile=False,
@@ -394,6 +394,15 @@ def test_a_long_row_asks_as_often_per_token_as_the_short_ones(data):
     assert x.shape == (100, 256)
     assert 170 < sum(len(set(n)) for n in numbers) < 230
     assert all(sorted(n) == sorted(2 * list(set(n))) for n in numbers)  # each told, and asked for
+
+
+def test_planted_rows_hold_every_task_asked_for(data):
+    cfg = config(batch_size=60, needle_frac=1.0, tasks="single,words,qa")
+    x, y = make_batch(data, cfg, 448, 0, 0)
+    rows = [data.enc.decode(row.tolist()) for row in np.concatenate((x[:, :1], y), 1)]
+    words = sum("Most often: " in row for row in rows)
+    people = sum(bool(re.search(r"\n[WH].*\? [A-Za-z]+\.$", row)) for row in rows)
+    assert 8 < words < 32 and 8 < people < 32 and words + people < 55
 
 
 def test_a_second_stage_trains_on_both_lengths(fit, tiny_run, tmp_path, capsys):
