@@ -180,10 +180,11 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
     """
     S = k.size(1)
-    if path == "flash" and not flash_runs(q):
+    runs = flash_runs(q.device, q.dtype, q.size(-1))
+    if path == "flash" and not runs:
         raise UsageError("--attention=flash needs CUDA, bfloat16, and heads of 8, 16, ... 256")
     if path == "auto":
-        path = "flash" if flash_runs(q) else "blocks"
+        path = "flash" if runs else "blocks"
     if path == "mask":
         return attend_mask(q, k, v, window, chunked)
     if window is None or window >= S:  # nothing is out of sight
@@ -196,10 +197,10 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     return attend_blocks(q, k, v, window, chunked)
 
 
-def flash_runs(q):
-    """Can q (B, T, H, D) be attended by torch's flash kernels?"""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and q.size(-1) % 8 == 0 and q.size(-1) <= 256
+def flash_runs(device, dtype, head_dim):
+    """Are torch's flash kernels made for this?"""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
 
 
 def sdpa(q, k, v, mask=None, causal=False):
@@ -273,16 +274,16 @@ def attend_flash(q, k, v, window=None, chunked=False):
     return y.view(B, T, H, D)
 
 
-def attend_cached(q, k, v, held):
+def attend_cached(q, k, v, held, flash):
     """One new query a row, which sees the first `held` keys of a cache: all that it holds.
 
     q (B, 1, H, D), k and v (B, size, G, D), held (1,) int64 on their device -> (B, 1, H, D).
-    On CUDA `held` is never read on the host, so one CUDA graph serves while the cache fills up:
+    With flash, `held` is never read on the host, so one CUDA graph serves while the cache fills:
     varlen_attn takes from a tensor where its sequences begin. The keys of a row are n of them, of
     one query each, to fill the card however few the rows are; the softmaxes of the n are then
     joined (Flash-Decoding, Dao et al. 2023). A last one, of no query, skips the empty slots.
     """
-    if not flash_runs(q):
+    if not flash:
         return sdpa(q, k[:, : int(held)], v[:, : int(held)])
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
@@ -334,12 +335,12 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of one layer, no more than it can still see: slot = position % size.
 
-    size is the longest length to be held on a full layer, the window on the others.
+    size is the window, or `most`, the number of tokens to come, where the layer sees them all.
     """
 
-    def __init__(self, shape, span, **like):
+    def __init__(self, shape, span, most=math.inf, **like):
         self.k, self.v = torch.empty(shape, **like), torch.empty(shape, **like)  # (B, size, G, D)
-        self.span = span
+        self.span, self.most = span, most
 
     def update(self, k, v, start):
         """Store the n tokens from position `start`; return all keys and values they may see.
@@ -371,9 +372,9 @@ class Cache:
         return (start % size if self.span == "chunk" else start).clamp(max=size - 1) + 1
 
     def check(self, tokens):
-        """Refuse to lose what a full layer has to see."""
-        if self.span == "full" and tokens > self.k.size(1):
-            raise ValueError(f"this cache was made for {self.k.size(1)} tokens, not {tokens}")
+        """Refuse to lose what the layer still has to see."""
+        if tokens > self.most:
+            raise ValueError(f"this cache was made for {self.most} tokens, not {tokens}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,6 +411,10 @@ class Attention(nn.Module):
         self.q_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
         self.k_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
 
+    def flash(self, device, dtype):
+        """Does this layer decode by flash kernels there?"""
+        return self.path in ("auto", "flash") and flash_runs(device, dtype, self.head_dim)
+
     def qkv(self, x, rotation, q_scale):
         """x (B, T, d) -> q (B, T, H, D), k and v (B, T, G, D), positioned and ready to attend."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -424,7 +429,8 @@ class Attention(nn.Module):
     def forward(self, x, rotation, q_scale, cache=None, start=0):
         q, k, v = self.qkv(x, rotation, q_scale)
         if torch.is_tensor(start):  # one more token, after what the cache holds
-            y = attend_cached(q, cache.k, cache.v, cache.append(k, v, start))
+            flash = self.flash(q.device, q.dtype)
+            y = attend_cached(q, cache.k, cache.v, cache.append(k, v, start), flash)
         else:
             if cache is not None:
                 k, v = cache.update(k, v, start)
@@ -617,10 +623,12 @@ class GPT(nn.Module):
     def new_caches(self, B, T):
         """Empty caches, one a layer, for B rows of at most T tokens."""
         c, like = self.config, dict(dtype=self.dtype, device=self.wte.weight.device)
-        return [
-            Cache((B, self.cache_size(x, T), c.n_kv_head, c.head_dim), LAYERS[x].span, **like)
-            for x in c.layers
-        ]
+        caches = []
+        for letter in c.layers:
+            size, span = self.cache_size(letter, T), LAYERS[letter].span
+            most = T if span == "full" or size < c.window else math.inf
+            caches.append(Cache((B, size, c.n_kv_head, c.head_dim), span, most, **like))
+        return caches
 
     @torch.no_grad()
     def prefill(self, idx, caches, start=0, slice=4096):
@@ -632,19 +640,19 @@ class GPT(nn.Module):
         return x[:, -1]
 
     @torch.no_grad()
-    def decoder(self, caches, B, start):
+    def decoder(self, caches, start):
         """step(token (B, 1), position) -> its state (B, d): reads a token more into the caches.
 
         start: the first position to come. Launching the few hundred small kernels of a token one
-        by one takes longer than running them, so on CUDA they are captured once as a CUDA graph.
-        A state is overwritten by the next one.
+        by one takes longer than running them, so with flash they are captured once, as a CUDA
+        graph, and a state is overwritten by the next one.
         """
         for cache in caches:
             cache.check(start + 1)
-        device = self.wte.weight.device
-        ids, at = torch.zeros(B, 1, dtype=torch.int64, device=device), torch.tensor([start])
-        at, graph = at.to(device), None
-        if device.type == "cuda":
+        device, graph = self.wte.weight.device, None
+        ids = torch.zeros(len(caches[0].k), 1, dtype=torch.int64, device=device)
+        at = torch.tensor([start], device=device)
+        if self.blocks[0].attn.flash(device, self.dtype):
             dtype, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
             with torch.autocast("cuda", dtype, on, cache_enabled=False):  # casts belong inside
                 self.body(ids, caches, at)  # warms up, into slots that the first step overwrites
@@ -684,7 +692,7 @@ class GPT(nn.Module):
             if n + 1 == max_new_tokens or ended.all():
                 break
             at = idx.size(1) - 1
-            step = step or self.decoder(caches, len(idx), at)
+            step = step or self.decoder(caches, at)
             x = step(token, at)
         return idx
 

@@ -637,7 +637,7 @@ class Planted(NamedTuple):
     tail: slice  # all the turns: what stands behind the context
 
 
-LETTERS, NEW_LETTERS = "bdfgklmnprstvzaeiou", "chjqwxyaeiou"  # keys are made of six of them
+LETTERS, NEW_LETTERS = "bdfgklmnprstvzaei", "chjqwxyou"  # words are made of six of them
 FORMS = [("\n# The secret number of {} is ", ".\n"), ("\n# Remember, {} has ", "!\n"),
          ("\nKEY_{} = ", "\n"), ("\nBox {} holds ", ";\n")]
 NEW_FORMS = [("\nTo call {} one has to dial ", ".\n"), ('\n    assert find("{}") == ', "\n")]
@@ -662,7 +662,7 @@ SENTENCES = ("The grass is green. The sky is blue. The sun is yellow. Here we go
              "again.\n")  # RULER's haystack of repeated text
 HAYSTACKS = {  # name: (encoding, tokens wanted) -> token ids
     "repeat": lambda enc, n: np.resize(encode(enc, SENTENCES), n),
-    "noise": lambda enc, n: np.random.default_rng(0).integers(0, enc.eot_token, n),
+    "noise": lambda enc, n: np.random.default_rng(0).integers(0, enc.n_vocab, n),
 }
 
 
@@ -762,14 +762,24 @@ TASKS = {  # after RULER, arXiv 2404.06654: (encoding, rng, held_out) -> Task
 }
 
 
-def draw_task(enc, rng, cfg, held_out=False):
-    """One of cfg.tasks; `needle` is the one whose sizes are flags."""
+def draw_task(enc, rng, cfg, room, held_out=False):
+    """One of cfg.tasks that needs `room` tokens at most; `needle`'s sizes are flags of cfg.
+
+    Wordings differ in length: one that is too long is drawn again. UsageError where all are.
+    """
     names = cfg.tasks.split(",")
-    name = names[rng.integers(len(names))]
-    if name != "needle":
-        return TASKS[name](enc, rng, held_out)
-    asked = cfg.needle_questions or cfg.needles
-    return needle_task(enc, rng, cfg.needles, cfg.needle_digits, asked, held_out)
+    name, needed = names[rng.integers(len(names))], []
+    while len(needed) < 50:
+        if name == "needle":
+            asked = cfg.needle_questions or cfg.needles
+            task = needle_task(enc, rng, cfg.needles, cfg.needle_digits, asked, held_out)
+        else:
+            task = TASKS[name](enc, rng, held_out)
+        needed.append(sum(map(len, task.facts)) + sum(len(part) for t in task.turns for part in t))
+        if needed[-1] <= room:
+            return task
+    raise UsageError(f"a row of {room} tokens cannot hold the facts and questions of {name}: "
+                     f"{min(needed)} are needed")
 
 
 def together(tasks):

@@ -10,7 +10,7 @@ Lengths are multiples of the training context T. Every length scores the same ta
 column differs from the next in nothing but how much context stands before them:
     loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of val
     needle   share of questions answered exactly, all tokens of the answer, greedily; the facts are
-             planted at random depths of val text (prepare_data.plant)
+             planted at random depths of the text (prepare_data.plant)
     ruler    share of right answers for each of --tasks, RULER's tasks in small: their averages over
              retrieval and over questions and answers are what the paper reports
     attention  where the queries that produce the answer look, by kind of layer: shares on the
@@ -66,7 +66,7 @@ class SampleConfig:
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
     samples: int = flag(32, "rows scored for each number", least=1)
-    questions: int = flag(1, "about different facts, at the end of each row", least=1)
+    questions: int = flag(1, "needle: about different facts, at the end of each row", least=1)
     held_out: bool = flag(False, "questions in words, and about keys, that training never sees")
     haystack: str = flag("", "text of the rows: a dataset in data_dir, repeat or noise; empty: val")
     heatmap: bool = flag(False, "retrieval by length and depth of the fact, too")
@@ -88,6 +88,9 @@ class SampleConfig:
         plot = Path(self.plot or "probe.png")
         if not plot.parent.is_dir() or plot.suffix not in (".png", ".pdf", ".svg"):
             raise UsageError(f"--plot={plot}: name a .png, .pdf or .svg in a folder that exists")
+
+
+TOKENS = 2**17  # of the rows that are read at once
 
 
 class HubTokenizer:
@@ -143,13 +146,17 @@ class Run:
 
     def text(self, name):
         """Token ids that rows are cut from: val, or what the name of a haystack says."""
+        data = self.data
         if name in HAYSTACKS:
             return HAYSTACKS[name](self.enc, 2 * self.T * self.cfg.max_multiple)
         if not name:
-            return self.data.val
+            return data.val
         other = load_data(Path(self.train.data_dir) / name)
-        if any(other.meta.get(k) != self.data.meta.get(k) for k in ("tokenizer", "ranks")):
+        if any(other.meta.get(k) != data.meta.get(k) for k in ("tokenizer", "ranks")):
             raise UsageError(f"--haystack={name} has other tokens than {self.folder} learnt from")
+        if other.meta["train_sha256"] == data.meta["train_sha256"]:
+            raise UsageError(f"--haystack={name}: {self.folder} was trained on that; without the "
+                             "flag, the haystack is its validation text")
         return other.train  # none of it was seen in training
 
     def rows(self, length, haystack=None):
@@ -166,20 +173,24 @@ class Run:
         return self.data.rows(text, ends - length - 1, length + 1)
 
     def planted(self, length, depth=None, task="needle", haystack=None):
-        """rows, with a task's facts and questions: a list of prepare_data.Planted."""
-        asked = self.cfg.questions
+        """rows, with a task's facts and questions: a list of prepare_data.Planted.
+
+        The same questions at every length. With a depth, one: it is of one fact.
+        """
+        asked = self.cfg.questions if depth is None else 1
         sizes = dict(tasks=task, needles=max(self.train.needles, asked), needle_questions=asked)
         planted = []
         for i, row in enumerate(self.rows(length, haystack)):
-            rng = np.random.default_rng((self.cfg.seed, i))  # the same questions at every length
-            drawn = draw_task(self.enc, rng, replace(self.train, **sizes), self.cfg.held_out)
+            rng = np.random.default_rng((self.cfg.seed, i))
+            cfg = replace(self.train, **sizes)
+            drawn = draw_task(self.enc, rng, cfg, self.T, self.cfg.held_out)
             planted.append(plant(row, drawn, rng, depth))
         return planted
 
     @torch.no_grad()
     def predict(self, rows, n):
         """Logits (B, n, V) and targets (B, n) of the last n tokens of each row, some at a time."""
-        some = max(1, 2**17 // rows.shape[1])
+        some = max(1, TOKENS // rows.shape[1])
         for part in np.array_split(rows, -(-len(rows) // some)):
             x, y = self.machine.put(part[:, :-1], part[:, -n:])
             with self.machine.autocast():
@@ -241,11 +252,11 @@ def probe_attention(run, length, _depth=None):
     over heads, answer tokens and rows. Source: arXiv 2501.18795, part 1.
     """
     planted, sums = run.planted(length, 0.5), defaultdict(float)
-    n = planted[0].answers[-1].stop - planted[0].answers[-1].start
+    n = min(p.answers[0].stop - p.answers[0].start for p in planted)
     segment = np.full((len(planted), length), SEGMENTS.index("context"))
     for where, p in zip(segment, planted, strict=True):
         where[:10] = SEGMENTS.index("begin")
-        where[p.asked[-1]] = SEGMENTS.index("needle")
+        where[p.asked[0]] = SEGMENTS.index("needle")
         where[p.tail] = SEGMENTS.index("qc")
 
     def watch(layer, attn, args):
@@ -253,7 +264,8 @@ def probe_attention(run, length, _depth=None):
         q, k = q[:, -n:], k.repeat_interleave(q.size(2) // k.size(2), 2)
         j = torch.arange(length, device=q.device)
         seen = visible(j[-n:, None], j, attn.window, attn.chunked)
-        scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) / math.sqrt(q.size(-1))
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) / math.sqrt(q.size(-1))
         p = scores.masked_fill(~seen, -math.inf).softmax(-1)  # (B, H, n, length)
         mass = p.mean((1, 2))
         where = torch.from_numpy(segment[done : done + len(mass)]).to(mass.device)
@@ -299,7 +311,7 @@ def probe_cost(run, length, _depth=None):
         x = model.prefill(ids, caches)
         run.machine.sync()
         prefilled = time.perf_counter()
-        step = model.decoder(caches, B, length)
+        step = model.decoder(caches, length)
         for n in range(2 * steps):
             if n == steps:
                 run.machine.sync()
@@ -357,7 +369,8 @@ def lines_of(runs):
     groups, lines = defaultdict(list), {}
     for run in runs:
         same = asdict(run.train) | asdict(run.model.config)
-        differ = {"seed", "init_from", *RESUMABLE}
+        differ = {"seed", *RESUMABLE}
+        same["init_from"] = bool(run.train.init_from)  # a second stage is no seed of the first
         groups[str({k: v for k, v in same.items() if k not in differ})].append(run)
     for group in groups.values():
         first, seeds = group[0].folder, f" ({len(group)} seeds)" if len(group) > 1 else ""

@@ -74,7 +74,7 @@ class TrainConfig:
     )
     max_iters: int = flag(1500, "optimiser steps", least=1)
     needle_frac: float = flag(
-        0.2, "share of rows with planted facts and a question", least=0, most=1
+        0.2, "share of rows with planted facts and questions", least=0, most=1
     )
     tasks: str = flag("needle", "what they ask, comma separated: needle, " + ", ".join(TASKS))
     needles: int = flag(4, "needle: facts planted in such a row", least=1)
@@ -225,7 +225,7 @@ def make_batch(data, cfg, T, step, micro):
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
-            task = together([draw_task(data.enc, rng, cfg) for _ in range(n)])
+            task = together([draw_task(data.enc, rng, cfg, T) for _ in range(n)])
             rows[r] = plant(rows[r], task, rng).row
     return rows[:, :-1], rows[:, 1:]
 
@@ -365,6 +365,8 @@ def load_checkpoint(folder):
         raise UsageError(f"{path} is missing: {folder} holds no run, or none saved yet")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        known = {f.name for f in fields(TrainConfig)} | {f.name for f in fields(ModelConfig)}
+        state["unsaid"] = sorted(known - {*state["model_config"], *state["train_config"]})
         state["model_config"] = ModelConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
         if not {"step", "best_val_loss", "model", "optimizers", "rng", "meta"} <= set(state):
@@ -495,6 +497,11 @@ def begin(given):
     source = resumed or given.get("init_from")
     state = load_checkpoint(source) if source else None
     if resumed:
+        if state["unsaid"]:
+            raise UsageError(
+                f"{resumed} does not say {', '.join(state['unsaid'])}: another version of train.py "
+                "made it. Start a second stage from it, with --init_from"
+            )
         cfg, model_cfg = replace(state["train_config"], out_dir=resumed), state["model_config"]
         saved = asdict(cfg) | asdict(model_cfg)
         for name, value in given.items():
@@ -515,12 +522,14 @@ def begin(given):
         cfg, model_cfg = settle(given, state and state["model_config"])
     machine = Machine(cfg.device, cfg.dtype)
     T = model_cfg.block_size
-    if cfg.long_rows % T or cfg.long_rows > cfg.batch_size * T:
+    if cfg.long_rows and (cfg.long_rows % T or cfg.batch_size * T % cfg.long_rows):
         raise UsageError(
             f"--long_rows={cfg.long_rows}: it must be a multiple of the {T} tokens of a short row, "
-            f"and no more than the {cfg.batch_size * T} of a micro-batch"
+            f"and divide the {cfg.batch_size * T} of a micro-batch"
         )
     data = open_dataset(cfg, T)
+    for name in cfg.tasks.split(",") if cfg.needle_frac else ():
+        draw_task(data.enc, np.random.default_rng(0), replace(cfg, tasks=name), T)  # does it fit?
     if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
         model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:

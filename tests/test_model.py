@@ -37,7 +37,7 @@ def step_by_step(model, idx, prompt, slice=4096):
     """Logits of idx from `prompt` on, through caches: the prompt first, then one at a time."""
     caches = model.new_caches(len(idx), idx.size(1))
     out = [model.head(model.prefill(idx[:, :prompt], caches, slice=slice))]
-    step = model.decoder(caches, len(idx), prompt)
+    step = model.decoder(caches, prompt)
     for t in range(prompt, idx.size(1)):
         out.append(model.head(step(idx[:, t : t + 1], t)))
     return torch.stack(out, 1), caches
@@ -603,11 +603,10 @@ def test_a_query_over_pieces_of_a_cache_is_one_over_all_of_it(monkeypatch, heads
     (H, G), g = heads, torch.Generator().manual_seed(0)
     q = torch.randn(2, 1, H, 8, generator=g)
     k, v = (torch.randn(2, 1024, G, 8, generator=g) for _ in range(2))
-    want = m.attend_cached(q, k, v, torch.tensor([held]))
+    want = m.attend_cached(q, k, v, torch.tensor([held]), flash=False)
     torch.testing.assert_close(want, m.attend_mask(q, k[:, :held], v[:, :held]))
-    monkeypatch.setattr(m, "flash_runs", lambda q: True)
     monkeypatch.setattr(varlen, "varlen_attn", played)
-    torch.testing.assert_close(m.attend_cached(q, k, v, torch.tensor([held])), want)
+    torch.testing.assert_close(m.attend_cached(q, k, v, torch.tensor([held]), flash=True), want)
     assert sum(keys for queries, keys in pieces if queries) == 2 * held
     assert len(pieces) == 2 * (4 + 1)
 
@@ -616,12 +615,20 @@ def test_a_full_cache_refuses_another_token():
     model, idx = build(pattern="SN", n_layer=2), tokens(1, 8)
     caches = model.new_caches(1, 8)
     model.prefill(idx[:, :7], caches)
-    step = model.decoder(caches, 1, 7)
+    step = model.decoder(caches, 7)
     step(idx[:, 7:], 7)
     with pytest.raises(ValueError, match="made for 8 tokens, not 9"):
         step(idx[:, 7:], 8)
     with pytest.raises(ValueError, match="made for 8 tokens, not 9"):
-        model.decoder(caches, 1, 8)
+        model.decoder(caches, 8)
+
+
+def test_a_window_that_was_given_too_few_slots_refuses_too():
+    model, idx = build(pattern="S", n_layer=1, window=16), tokens(1, 9)
+    caches = model.new_caches(1, 8)
+    model.prefill(idx[:, :8], caches)
+    with pytest.raises(ValueError, match="made for 8 tokens, not 9"):
+        model.prefill(idx[:, 8:], caches, start=8)
 
 
 def test_caches_are_never_larger_than_what_their_layer_sees():
@@ -720,6 +727,18 @@ def test_a_training_step_compiles_whole_and_changes_nothing(preset, monkeypatch)
         found.append([loss, *(p.grad for p in model.parameters())])
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="decoding there needs a CUDA device")
+@pytest.mark.parametrize("attention", ["auto", "blocks", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_without_flash_works_on_cuda_too(attention, dtype):
+    model, idx = build(scale=1, n_embd=128, attention=attention).cuda(), tokens(2, 33).cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        got, _ = step_by_step(model, idx, 23)
+        want = logits(model, idx)[:, 22:]
+    assert (got - want).norm() < 2e-2 * want.norm()
+    assert model.generate(idx, 9).shape == (2, 42)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 decoding needs a CUDA device")

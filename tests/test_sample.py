@@ -179,25 +179,35 @@ def test_a_fact_stands_at_the_depth_asked_for(tiny_run, asked, depth, place):
         assert fact == pytest.approx(place, abs=0.15)
 
 
-def test_every_answer_of_a_row_is_scored(tiny_run, monkeypatch):
+def test_every_answer_of_a_row_is_scored(variant, monkeypatch):
     """Two questions a row: a model that knows the last answer only has half of them right."""
     answering(monkeypatch, lambda y: torch.cat((y[:, :-7] + 1, y[:, -7:]), 1))
-    run = opened(tiny_run, questions=2)
-    assert sample.probe_needle(run, 4 * T) == dict(accuracy=0.5)
-    tails = {tuple(p.row[p.tail].tolist()) for p in run.planted(4 * T)}
-    assert len(tails) == 6 and all(len(p.answers) == 2 for p in run.planted(4 * T))
+    run = opened(variant("wide", model=dict(block_size=256)), questions=2)
+    assert sample.probe_needle(run, 512) == dict(accuracy=0.5)
+    tails = {tuple(p.row[p.tail].tolist()) for p in run.planted(512)}
+    assert len(tails) == 6 and all(len(p.answers) == 2 for p in run.planted(512))
+    assert all(len(p.answers) == 1 for p in run.planted(512, depth=0.5))  # depth is of one fact
 
 
-def test_held_out_questions_and_other_haystacks_change_the_rows(tiny_run, data_dir, tmp_path):
+def test_held_out_questions_and_other_haystacks_change_the_rows(variant, data_dir, tmp_path):
+    for name in ("tiny", "other"):
+        shutil.copytree(data_dir / "tiny", tmp_path / "data" / name)
+    meta = tmp_path / "data" / "other" / "meta.json"
+    changed = json.loads(meta.read_text()) | dict(train_sha256="another text's")
+    meta.write_text(json.dumps(changed))
+    where = dict(data_dir=str(tmp_path / "data"))
+    tiny_run = variant("wide", model=dict(block_size=256), train=where)
     plain = opened(tiny_run)
     assert not np.array_equal(plain.planted(4 * T)[0].row,
                               opened(tiny_run, held_out=True).planted(4 * T)[0].row)
-    said = plain.enc.decode(opened(tiny_run, haystack="repeat").rows(T)[0].tolist())
+    said = plain.enc.decode(opened(tiny_run, haystack="repeat").rows(2 * T)[0].tolist())
     assert "The sky is blue" in said
     noise = opened(tiny_run, haystack="noise").rows(4 * T)
     assert noise.shape == (6, 4 * T + 1) and len(np.unique(noise)) > 200
-    other = opened(tiny_run, haystack=plain.train.dataset)
+    other = opened(tiny_run, haystack="other")
     assert other.rows(T)[0].tobytes() in other.data.train.tobytes()
+    with pytest.raises(UsageError, match="was trained on that"):
+        opened(tiny_run, haystack="tiny").rows(T)
     with pytest.raises(UsageError, match="no dataset folder"):
         opened(tiny_run, haystack="nowhere").rows(T)
 
@@ -205,13 +215,14 @@ def test_held_out_questions_and_other_haystacks_change_the_rows(tiny_run, data_d
 # -- the ruler probe -------------------------------------------------------------------------------
 
 
-def test_the_ruler_probe_has_a_column_a_task_and_an_average_over_retrieval(tiny_run, monkeypatch):
+def test_the_ruler_probe_has_a_column_a_task_and_an_average_over_retrieval(variant, monkeypatch):
+    wide = variant("wide", model=dict(block_size=1024))
     columns = [*TASKS, "single, repeat", "single, noise", "retrieval"]
     for answer, score in [(lambda y: y, 1.0), (lambda y: torch.zeros_like(y), 0.0)]:
         answering(monkeypatch, answer)
-        found = sample.probe_ruler(opened(tiny_run, max_multiple=16, samples=2), 16 * T)
+        found = sample.probe_ruler(opened(wide, max_multiple=1, samples=2), 1024)
         assert list(found) == columns and set(found.values()) == {score}
-    found = sample.probe_ruler(opened(tiny_run, tasks="qa", max_multiple=16), 16 * T)
+    found = sample.probe_ruler(opened(wide, tasks="qa", max_multiple=1), 1024)
     assert list(found) == ["qa"]
 
 
@@ -247,6 +258,48 @@ def test_attention_shares_sum_to_1_and_stay_inside_the_window(tiny_run):
         for layer in layers[:3]:  # begin and needle are out of a window's sight
             assert layer["begin"] == layer["needle"] == 0 and layer["qc"] > 0.1
         assert min(layers[3][s] for s in sample.SEGMENTS) > 0
+
+
+def test_attention_is_that_of_the_definition(fit, tmp_path, monkeypatch):
+    """Every kind of layer, grouped heads, rows read two at a time: softmax by hand, row by row."""
+    folder = fit(tmp_path / "run", "--pattern=SCNR", "--max_iters=30", "--learning_rate=1e-2",
+                 "--n_head=4", "--n_kv_head=2")  # fmt: skip
+    run = opened(folder, samples=5)
+    planted, layers = run.planted(4 * T, 0.5), []
+    with torch.no_grad():
+        for block in run.model.blocks:
+            with torch.no_grad():
+                for w in (block.attn.wq, block.attn.wk):
+                    w.weight *= 4  # far from the mean of the values
+        for row in planted:
+            x = run.model.wte(torch.from_numpy(row.row[:-1].astype(np.int64))[None])
+            rotations, scale = run.model.positions(4 * T)
+            where = np.array(["context"] * 4 * T)
+            where[:10], where[row.asked[0]], where[row.tail] = "begin", "needle", "qc"
+            found = []
+            for block in run.model.blocks:
+                rotation, attn = rotations.get(block.attn.theta), block.attn
+                q, k, _ = attn.qkv(block.ln(x), rotation, scale)
+                each = []
+                for head in range(4):
+                    for i in range(4 * T - 7, 4 * T):
+                        j = torch.arange(i + 1)
+                        if attn.chunked:
+                            j = j[j // 16 == i // 16]
+                        elif attn.window:
+                            j = j[i - j < 16]
+                        p = (k[0, j, head // 2] @ q[0, i, head] / q.size(-1) ** 0.5).softmax(0)
+                        shares = [p[where[j.numpy()] == s].sum() for s in sample.SEGMENTS]
+                        each.append([*shares, -(p * p.log2()).nansum()])
+                found.append(np.mean(each, 0))
+                x = block(x, rotation, scale)
+            layers.append(found)
+    monkeypatch.setattr(sample, "TOKENS", 2 * 4 * T + 1)
+    got = sample.probe_attention(run, 4 * T)["layers"]
+    assert [layer["letter"] for layer in got] == list("SCNR")
+    for layer, want in zip(got, np.mean(layers, 0), strict=True):
+        told = [layer[name] for name in (*sample.SEGMENTS, "entropy")]
+        np.testing.assert_allclose(told, want, rtol=1e-3, atol=1e-5)
 
 
 def test_attention_of_a_model_that_looks_everywhere_alike_is_the_share_of_the_tokens(tiny_run):
@@ -380,6 +433,12 @@ def test_seeds_become_one_line_of_mean_and_standard_deviation(fit, own_run, tmp_
         x = [numbers(run)["loss"][m]["bits_per_byte"] for run in (own_run, second)]
         assert x[0] != x[1]
         assert cell.startswith(f"{np.mean(x):.3f} ± {abs(x[0] - x[1]) / math.sqrt(2):.3f} (")
+
+
+def test_a_second_stage_is_no_seed_of_the_first(variant, capsys):
+    runs = [variant("one"), variant("two", train=dict(init_from="out/one", seed=2))]
+    ask(runs, "--probe=loss", "--max_multiple=1")
+    assert set(table_rows(capsys.readouterr().out, "bits per byte")) == {"run", "---", "one", "two"}
 
 
 def test_seeds_of_a_second_stage_become_one_line_too(variant, capsys):

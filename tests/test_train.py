@@ -235,7 +235,7 @@ def test_checkpoint_restores_every_config_field(fit, tmp_path):
         attn_scale=0.2, logit_scale=0.5, norm_eps=1e-4, attention="mask",
     )  # fmt: skip
     train_flags = dict(
-        preset="rnope", scale="gpu", batch_size=3, gradient_accumulation_steps=2, max_iters=2,
+        preset="rnope", scale="gpu", batch_size=4, gradient_accumulation_steps=2, max_iters=2,
         needle_frac=0.3, tasks="single", needles=2, needle_digits=5, needle_questions=2,
         long_rows=260, long_frac=0.3, optimizer="adamw", learning_rate=3e-3,
         min_lr=2e-3, warmup_iters=1, weight_decay=0.2, beta1=0.8, beta2=0.9, grad_clip=0.7,
@@ -414,7 +414,52 @@ def test_a_second_stage_trains_on_both_lengths(fit, tiny_run, tmp_path, capsys):
     assert model.config.block_size == 64 and cfg.long_rows == 256  # 1x is what it was
 
 
-@pytest.mark.parametrize("flag", ["--long_rows=100", "--long_rows=1048576"])
+def test_the_share_of_peak_counts_the_flops_of_long_steps_too(fit, tiny_run, tmp_path, monkeypatch):
+    told, real = [], train.Log
+
+    def log(path, step, cfg, machine, tokens, flops):
+        told.append(flops)
+        return real(path, step, cfg, machine, tokens, flops)
+
+    monkeypatch.setattr(train, "Log", log)
+    for n, flags in enumerate([[], ["--long_rows=256", "--long_frac=0.25"]]):
+        fit(tmp_path / str(n), f"--init_from={tiny_run}", "--max_iters=1", *flags)
+    short, long = (load_run(tiny_run)[0].flops_per_token(n) for n in (64, 256))
+    assert told == [short, pytest.approx(0.75 * short + 0.25 * long)] and long > short
+
+
+def test_text_too_short_for_long_rows_is_refused(fit, tmp_path):
+    with pytest.raises(UsageError, match="too few for --long_rows=65536"):
+        fit(tmp_path / "run", "--batch_size=1024", "--long_rows=65536")
+
+
+def test_questions_that_can_never_fit_are_refused_before_a_folder_is_made(fit, tmp_path):
+    with pytest.raises(UsageError, match="cannot hold the facts and questions of words: 1"):
+        fit(tmp_path / "run", "--tasks=needle,words")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wordings_too_long_for_a_row_are_drawn_again(data):
+    """70 tokens hold two facts and questions in some wordings only."""
+    cfg = config(batch_size=100, needle_frac=1.0, needles=2, needle_questions=2, needle_digits=4)
+    x, y = make_batch(data, cfg, 70, 0, 0)
+    rows = [data.enc.decode(row.tolist()) for row in np.concatenate((x[:, :1], y), 1)]
+    assert all(re.search(r"\d{4}$", row) for row in rows)
+
+
+def test_a_run_of_another_version_is_not_resumed_but_may_be_built_upon(fit, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "old")
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    del state["train_config"]["needle_questions"]
+    torch.save(state, folder / "ckpt.pt")
+    before = (folder / "ckpt.pt").read_bytes()
+    with pytest.raises(UsageError, match="does not say needle_questions.*--init_from"):
+        train.main(["--resume", f"--out_dir={folder}", "--device=cpu"])
+    assert (folder / "ckpt.pt").read_bytes() == before
+    fit(tmp_path / "two", f"--init_from={folder}", "--max_iters=1")
+
+
+@pytest.mark.parametrize("flag", ["--long_rows=100", "--long_rows=192", "--long_rows=1048576"])
 def test_long_rows_that_do_not_fill_a_batch_are_refused(fit, tmp_path, flag):
     with pytest.raises(UsageError, match="multiple of the 64 tokens"):
         fit(tmp_path / "run", flag)
@@ -710,7 +755,10 @@ def test_resuming_keeps_the_dtype_that_was_asked_for(fit, stop_at, tmp_path, rec
 
 
 def test_stage_two_keeps_the_task_of_stage_one(fit, tmp_path):
-    first = fit(tmp_path / "one", "--max_iters=1", "--needle_digits=3", "--needle_frac=0.5")
+    first = fit(tmp_path / "one", "--max_iters=1", "--needle_digits=3", "--needle_frac=0.5",
+                "--needles=2", "--needle_questions=1", "--tasks=needle,single",
+                "--block_size=256")  # fmt: skip
     argv = [f"--init_from={first}", "--max_iters=1", f"--out_dir={tmp_path / 'two'}"]
     cfg = load_checkpoint(train.main([*argv, "--device=cpu"]))["train_config"]
-    assert (cfg.needles, cfg.needle_digits, cfg.needle_frac) == (1, 3, 0.5)
+    assert (cfg.needles, cfg.needle_digits, cfg.needle_frac) == (2, 3, 0.5)
+    assert (cfg.needle_questions, cfg.tasks) == (1, "needle,single")
