@@ -180,11 +180,7 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
     """
     S = k.size(1)
-    runs = flash_runs(q.device, q.dtype, q.size(-1))
-    if path == "flash" and not runs:
-        raise UsageError("--attention=flash needs CUDA, bfloat16, and heads of 8, 16, ... 256")
-    if path == "auto":
-        path = "flash" if runs else "blocks"
+    path = path_taken(path, q.device, q.dtype, q.size(-1))
     if path == "mask":
         return attend_mask(q, k, v, window, chunked)
     if window is None or window >= S:  # nothing is out of sight
@@ -197,10 +193,13 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     return attend_blocks(q, k, v, window, chunked)
 
 
-def flash_runs(device, dtype, head_dim):
-    """Are torch's flash kernels made for this?"""
+def path_taken(path, device, dtype, head_dim):
+    """What "auto" means there; UsageError for "flash" where torch has no such kernel."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
+    flash_runs = device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
+    if path == "flash" and not flash_runs:
+        raise UsageError("--attention=flash needs CUDA, bfloat16, and heads of 8, 16, ... 256")
+    return ("flash" if flash_runs else "blocks") if path == "auto" else path
 
 
 def sdpa(q, k, v, mask=None, causal=False):
@@ -274,16 +273,16 @@ def attend_flash(q, k, v, window=None, chunked=False):
     return y.view(B, T, H, D)
 
 
-def attend_cached(q, k, v, held, flash):
+def attend_cached(q, k, v, held, path="auto"):
     """One new query a row, which sees the first `held` keys of a cache: all that it holds.
 
     q (B, 1, H, D), k and v (B, size, G, D), held (1,) int64 on their device -> (B, 1, H, D).
-    With flash, `held` is never read on the host, so one CUDA graph serves while the cache fills:
+    On the flash path the host never reads `held`, so one CUDA graph serves while the cache fills:
     varlen_attn takes from a tensor where its sequences begin. The keys of a row are n of them, of
     one query each, to fill the card however few the rows are; the softmaxes of the n are then
     joined (Flash-Decoding, Dao et al. 2023). A last one, of no query, skips the empty slots.
     """
-    if not flash:
+    if path_taken(path, q.device, q.dtype, q.size(-1)) != "flash":
         return sdpa(q, k[:, : int(held)], v[:, : int(held)])
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
@@ -411,10 +410,6 @@ class Attention(nn.Module):
         self.q_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
         self.k_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
 
-    def flash(self, device, dtype):
-        """Does this layer decode by flash kernels there?"""
-        return self.path in ("auto", "flash") and flash_runs(device, dtype, self.head_dim)
-
     def qkv(self, x, rotation, q_scale):
         """x (B, T, d) -> q (B, T, H, D), k and v (B, T, G, D), positioned and ready to attend."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -429,8 +424,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation, q_scale, cache=None, start=0):
         q, k, v = self.qkv(x, rotation, q_scale)
         if torch.is_tensor(start):  # one more token, after what the cache holds
-            flash = self.flash(q.device, q.dtype)
-            y = attend_cached(q, cache.k, cache.v, cache.append(k, v, start), flash)
+            y = attend_cached(q, cache.k, cache.v, cache.append(k, v, start), self.path)
         else:
             if cache is not None:
                 k, v = cache.update(k, v, start)
@@ -652,7 +646,7 @@ class GPT(nn.Module):
         device, graph = self.wte.weight.device, None
         ids = torch.zeros(len(caches[0].k), 1, dtype=torch.int64, device=device)
         at = torch.tensor([start], device=device)
-        if self.blocks[0].attn.flash(device, self.dtype):
+        if path_taken(self.config.attention, device, self.dtype, self.config.head_dim) == "flash":
             dtype, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
             with torch.autocast("cuda", dtype, on, cache_enabled=False):  # casts belong inside
                 self.body(ids, caches, at)  # warms up, into slots that the first step overwrites
