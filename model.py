@@ -479,18 +479,19 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, scale):
-        w = weight.to(x.dtype)
+        # Scaled here, not as logits: with a factor before the softmax, the compiler reads all
+        # logits once for their maximum and again for their sum, in place of once for both.
+        w = (weight * scale).to(x.dtype)
         count = (targets != -100).sum().clamp(min=1)
         loss, grad_w, grad_x = x.new_zeros((), dtype=torch.float32), torch.zeros_like(weight), []
         for rows, wanted in loss_slices(x, weight.size(0), targets):
-            logits = (rows @ w.T).float() * scale
-            logp, use = logits.log_softmax(-1), wanted != -100
+            logp, use = (rows @ w.T).float().log_softmax(-1), wanted != -100
             hit = torch.arange(weight.size(0), device=x.device) == wanted[:, None]
             loss = loss - (logp * hit).sum()
-            grad = ((logp.exp() - hit.float()) * (use * scale / count)[:, None]).to(x.dtype)
+            grad = ((logp.exp() - hit.float()) * (use / count)[:, None]).to(x.dtype)
             grad_x.append(grad @ w)
             grad_w = grad_w + grad.T @ rows
-        ctx.save_for_backward(torch.cat(grad_x), grad_w)
+        ctx.save_for_backward(torch.cat(grad_x), grad_w * scale)
         return loss / count
 
     @staticmethod
