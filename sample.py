@@ -468,6 +468,27 @@ def heatmap_table(runs, label):
     return markdown(title, ["depth", *(f"{m}x" for m in multiples)], rows)
 
 
+def curves_of(probe, label, runs):
+    """What is drawn of a probe's numbers: {name: one list a run, of one number a length}."""
+    if probe == "attention":
+        return {
+            f"{label}, layers {kind}": [
+                [attention_of(run, m, kind, "needle") for m in run.found[probe]] for run in runs
+            ]
+            for kind in kinds_of(runs[0])
+        }
+    key, *_ = TITLES[probe][0]
+    found = [run.found[probe].values() for run in runs]
+    return {label: [[numbers.get(key, numbers.get("qa")) for numbers in run] for run in found]}
+
+
+def plain(axis, **labels):
+    axis.set(**labels)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+
+
 def draw(lines, cfg, path):
     """The tables as one figure. Needs matplotlib (the plot extra)."""
     import matplotlib
@@ -476,21 +497,16 @@ def draw(lines, cfg, path):
     import matplotlib.pyplot as plt
 
     probes = [p for p in cfg.probe.split(",") if p in TITLES]
+    places = ["attention"] if "attention" in probes else []  # by position: an axis of its own
     maps = list(lines.items()) if cfg.heatmap else []
-    n = len(probes) + len(maps)
+    n = len(probes) + len(places) + len(maps)
     figure, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), squeeze=False, layout="constrained")
-    for axis, probe in zip(axes[0], probes, strict=False):
-        (key, *_), title = TITLES[probe]
+    axes = iter(axes[0])
+    for probe, axis in zip(probes, axes, strict=False):
         for label, runs in lines.items():
             x = [int(m) * runs[0].T for m in runs[0].found[probe]]
-            for kind in kinds_of(runs[0]) if probe == "attention" else [""]:
-                y = [
-                    [attention_of(run, m, kind, key) if kind else f[key] for m, f in found.items()]
-                    for run in runs
-                    for found in [run.found[probe]]
-                ]
+            for name, y in curves_of(probe, label, runs).items():
                 low, mean, high = np.min(y, 0), np.mean(y, 0), np.max(y, 0)
-                name = f"{label}, layers {kind}" if kind else label
                 (line,) = axis.plot(x, mean, marker="o", linewidth=2, label=name)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axis.axvline(runs[0].T, color="gray", linestyle=":", linewidth=1)
@@ -498,19 +514,24 @@ def draw(lines, cfg, path):
                       va="top", color="gray", fontsize=8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [f"{v:,}" for v in x], rotation=45, ha="right", fontsize=8)
-        axis.set(xlabel="context, tokens", title=title.split(" (")[0])
-        axis.set_ylim(bottom=0, top=1.05 if probe == "needle" else None)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-    for axis, (label, runs) in zip(axes[0][len(probes) :], maps, strict=True):
+        axis.set_ylim(bottom=0, top=1.05 if probe in ("needle", "ruler") else None)
+        plain(axis, xlabel="context, tokens", title=TITLES[probe][1].split(" (")[0])
+    for probe, axis in zip(places, axes, strict=False):
+        for label, runs in lines.items():
+            m = list(runs[0].found[probe])[-1]
+            for kind in kinds_of(runs[0]):
+                curve = np.mean([attention_of(run, m, kind, "curve") for run in runs], 0)
+                axis.plot((np.arange(BINS) + 0.5) / BINS, curve, label=f"{label}, layers {kind}")
+        axis.set_yscale("log")
+        plain(axis, xlabel=f"position in the context, {m}x", title=f"attention by {BINS}th of it")
+    for (label, runs), axis in zip(maps, axes, strict=True):
         multiples, grid = heatmap_of(runs)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(multiples)), [f"{m}x" for m in multiples])
         axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
         axis.set(xlabel="context", ylabel="depth of the fact", title=label)
     if maps:
-        figure.colorbar(image, ax=axes[0][-1], label="retrieved")
+        figure.colorbar(image, ax=axis, label="retrieved")
     figure.savefig(path, dpi=160)
     plt.close(figure)
 

@@ -302,6 +302,15 @@ def test_attention_is_that_of_the_definition(fit, tmp_path, monkeypatch):
         np.testing.assert_allclose(told, want, rtol=1e-3, atol=1e-5)
 
 
+def test_every_probe_can_be_drawn_together(variant):
+    wide = variant("wide", model=dict(block_size=1024))
+    for flags in (["--probe=loss,needle,ruler,attention,cost", "--heatmap"],
+                  ["--probe=ruler", "--tasks=qa"]):  # fmt: skip
+        (wide / "probe.png").unlink(missing_ok=True)
+        ask(wide, *flags, "--max_multiple=1", "--samples=1", "--cost_rows=1")
+        assert (wide / "probe.png").stat().st_size > 10_000
+
+
 def test_attention_of_a_model_that_looks_everywhere_alike_is_the_share_of_the_tokens(tiny_run):
     """With queries of zero every key weighs the same, so the shares are known."""
     run = opened(tiny_run)
