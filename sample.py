@@ -8,11 +8,11 @@
 
 Lengths are multiples of the training context T. Every length scores the same target tokens, so a
 column differs from the next in nothing but how much context stands before them:
-    loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of val
+    loss     bits per byte (and perplexity per token) of the last T / 4 tokens of stretches of text
     needle   share of questions answered exactly, all tokens of the answer, greedily; the facts are
              planted at random depths of the text (prepare_data.plant)
-    ruler    share of right answers for each of --tasks, RULER's tasks in small: their averages over
-             retrieval and over questions and answers are what the paper reports
+    ruler    share of right answers for each of --tasks, RULER's tasks in small, of a model that was
+             trained on them; the paper reports qa, and the average over the others
     attention  where the queries that produce the answer look, by kind of layer: shares on the
              first 10 tokens, the fact asked for, the rest of the context, and the question
     cost     tokens per second of prefill and of cached decoding, and the size of the cache
@@ -523,7 +523,8 @@ def draw(lines, cfg, path):
                 curve = np.mean([attention_of(run, m, kind, "curve") for run in runs], 0)
                 axis.plot((np.arange(BINS) + 0.5) / BINS, curve, label=f"{label}, layers {kind}")
         axis.set_yscale("log")
-        plain(axis, xlabel=f"position in the context, {m}x", title=f"attention by {BINS}th of it")
+        where = f"position in the context, {BINS} parts of it, at {m}x"
+        plain(axis, xlabel=where, title="attention by position")
     for (label, runs), axis in zip(maps, axes, strict=True):
         multiples, grid = heatmap_of(runs)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
