@@ -44,7 +44,7 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--beta2=1"], "--beta2=1.0"),
     (["--init_from=out/run", "--dataset=bytes", "--data_dir=data"], "is not the text, or tokens"),
     (["--needles=0"], "--needles=0"),
-    (["--needle_frac=1", "--needles=50"], "cannot hold 50 facts"),
+    (["--needle_frac=1", "--needles=50"], "cannot hold the facts"),
     (["--needle_digits=40", "--needle_frac=1"], "40 digits"),
     (["--seed=-1"], "--seed=-1"),
     (["--device=cuda"], "use --device=cpu"),
