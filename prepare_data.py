@@ -31,7 +31,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -762,6 +762,11 @@ TASKS = {  # after RULER, arXiv 2404.06654: (encoding, rng, held_out) -> Task
 }
 
 
+def tokens_needed(task):
+    """Tokens that a task's facts and turns take of a row."""
+    return sum(map(len, task.facts)) + sum(len(part) for turn in task.turns for part in turn)
+
+
 def draw_task(enc, rng, cfg, room, held_out=False):
     """One of cfg.tasks that needs `room` tokens at most; `needle`'s sizes are flags of cfg.
 
@@ -775,11 +780,21 @@ def draw_task(enc, rng, cfg, room, held_out=False):
             task = needle_task(enc, rng, cfg.needles, cfg.needle_digits, asked, held_out)
         else:
             task = TASKS[name](enc, rng, held_out)
-        needed.append(sum(map(len, task.facts)) + sum(len(part) for t in task.turns for part in t))
+        needed.append(tokens_needed(task))
         if needed[-1] <= room:
             return task
     raise UsageError(f"a row of {room} tokens cannot hold the facts and questions of {name}: "
-                     f"{min(needed)} are needed")
+                     f"{sorted(needed)[25]} would do")
+
+
+def check_room(enc, cfg, room):
+    """UsageError unless half the wordings of each of cfg.tasks, or more, need `room` tokens."""
+    for name in cfg.tasks.split(","):
+        rng, only = np.random.default_rng(0), replace(cfg, tasks=name)
+        needed = sorted(tokens_needed(draw_task(enc, rng, only, math.inf)) for _ in range(100))
+        if needed[50] > room:
+            raise UsageError(f"a row of {room} tokens cannot hold the facts and questions of "
+                             f"{name}: {needed[50]} would do")
 
 
 def together(tasks):

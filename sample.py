@@ -58,7 +58,7 @@ class SampleConfig:
     max_new_tokens: int = flag(500, "tokens to generate", least=1)
     temperature: float = flag(0.8, "of sampling; 0: always the likeliest token", least=0)
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
-    top_p: float = flag(1.0, "sample among the fewest tokens that hold this probability", above=0)
+    top_p: float = flag(1.0, "sample among the fewest tokens of this probability", above=0, most=1)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
     probe: str = flag("loss,needle", "what to measure, of loss,needle,ruler,attention,cost")
     tasks: str = flag(",".join(TASKS), "what the ruler probe asks")
@@ -68,7 +68,7 @@ class SampleConfig:
     samples: int = flag(32, "rows scored for each number", least=1)
     questions: int = flag(1, "needle: about different facts, at the end of each row", least=1)
     held_out: bool = flag(False, "questions in words, and about keys, that training never sees")
-    haystack: str = flag("", "text of the rows: a dataset in data_dir, repeat or noise; empty: val")
+    haystack: str = flag("", "text of the rows: repeat, noise, or a dataset's train; empty: val")
     heatmap: bool = flag(False, "retrieval by length and depth of the fact, too")
     plot: str = flag("", "file of the figure; empty: probe.png in the first run")
     log_scale: bool | None = flag(None, "instead of the run's: see train.py --help")
@@ -427,8 +427,9 @@ def attention_table(lines):
                     found = [attention_of(run, m, letters, name) for run in runs]
                     row.append(spread(found, "{:.2f}" if name == "entropy" else "{:.4f}"))
                 rows.append(row)
-    head = ["run", "layers", "context", *SEGMENTS, "entropy, bits"]
-    return markdown("where the answer's queries look, needle at 50 % depth", head, rows)
+    head = ["run", "layers", "tokens", *SEGMENTS, "entropy, bits"]
+    title = "where the answer's queries look, needle at 50 % depth (qc: question and completion)"
+    return markdown(title, head, rows)
 
 
 def ruler_table(lines):
@@ -438,7 +439,8 @@ def ruler_table(lines):
         for m, found in runs[0].found["ruler"].items():
             shares = [[run.found["ruler"][m][task] for run in runs] for task in found]
             rows.append([label, f"{int(m) * runs[0].T:,}", *(spread(x, "{:.3f}") for x in shares)])
-    return markdown("share of right answers by task", ["run", "context", *found], rows)
+    title = "share of right answers by task (retrieval: the average of all but qa)"
+    return markdown(title, ["run", "context", *found], rows)
 
 
 def kinds_of(run):
@@ -553,6 +555,8 @@ def write_text(run, cfg):
 def main(argv):
     cfg = SampleConfig(**parse_flags([SampleConfig], argv, __doc__))
     machine = Machine(cfg.device, cfg.dtype)
+    if len({Path(folder).resolve() for folder in cfg.runs}) < len(cfg.runs):
+        raise UsageError(f"a run is named twice in {' '.join(cfg.runs)}")
     runs = [Run(folder, cfg, machine) for folder in cfg.runs or [newest_run()]]
     if cfg.prompt is not None:
         for run in runs:

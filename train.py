@@ -2,7 +2,7 @@
 
     python train.py                                      # RNoPE-SWA on the default text
     python train.py --preset=rope                        # the baseline, everything else equal
-    python train.py --init_from=out/rnope-swa --block_size=8192       # the paper's second stage
+    python train.py --init_from=out/rnope-swa --long_rows=65536       # the paper's second stage
     torchrun --standalone --nproc_per_node=8 train.py --gradient_accumulation_steps=8
     python train.py --bench=rope,rnope-swa --bench_lengths=1024,8192  # speed, nothing is trained
 
@@ -36,6 +36,7 @@ import prepare_data
 from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag
 from prepare_data import (
     TASKS,
+    check_room,
     draw_task,
     load_data,
     parse_flags,
@@ -65,7 +66,7 @@ class TrainConfig:
     scale: str = flag("auto", "named set of defaults", choices=("auto", *SCALES))
     dataset: str = flag("python", "folder under data_dir that prepare_data.py wrote")
     data_dir: str = flag("data", "where prepared datasets are")
-    out_dir: str = flag("", "folder of the run; empty: out/PRESET, numbered if that is taken")
+    out_dir: str = flag("", "folder of the run; empty: out/PRESET, or PATTERN, numbered if taken")
     init_from: str = flag("", "run whose weights to start from, with a new schedule (stage two)")
     resume: bool = flag(False, "go on with out_dir, or the newest run, where it stopped")
     batch_size: int = flag(64, "rows of a micro-batch, per process", least=1)
@@ -112,6 +113,8 @@ class TrainConfig:
         unknown = set(self.tasks.split(",")) - {"needle", *TASKS}
         if unknown:
             raise UsageError(f"--tasks={self.tasks}: choose from needle, {', '.join(TASKS)}")
+        if self.tasks != "needle" and not self.needle_frac:
+            raise UsageError(f"--tasks={self.tasks} plants nothing: add --needle_frac=0.2, or so")
         if self.needle_questions > self.needles:
             raise UsageError(
                 f"--needle_questions={self.needle_questions}: above --needles={self.needles}"
@@ -397,15 +400,16 @@ def load_run(folder, device="cpu", **override):
     return model.to(device).eval(), state["train_config"], state["meta"]
 
 
-def choose_out_dir(cfg):
+def choose_out_dir(cfg, pattern):
     """A folder for a new run: never one that holds another run's checkpoint."""
     if cfg.out_dir:
         if (Path(cfg.out_dir) / "ckpt.pt").exists():
             raise UsageError(f"{cfg.out_dir} holds a run: add --resume, or name another --out_dir")
         return Path(cfg.out_dir)
-    name, n = Path("out") / cfg.preset, 2
+    own = cfg.preset if PRESETS[cfg.preset]["pattern"] == pattern else pattern
+    name, n = Path("out") / own, 2
     while (name / "config.json").exists():
-        name, n = Path("out") / f"{cfg.preset}-{n}", n + 1
+        name, n = Path("out") / f"{own}-{n}", n + 1
     return name
 
 
@@ -493,6 +497,8 @@ def open_dataset(cfg, T):
 
 def begin(given):
     """Flags -> (machine, cfg, data, model, optimizers, step, best): all that the loop needs."""
+    if given.get("resume") and given.get("init_from"):
+        raise UsageError("--resume goes on with a run, --init_from starts another: choose one")
     resumed = (given.get("out_dir") or str(newest_run())) if given.get("resume") else ""
     source = resumed or given.get("init_from")
     state = load_checkpoint(source) if source else None
@@ -507,7 +513,8 @@ def begin(given):
         for name, value in given.items():
             if name not in RESUMABLE and saved[name] != value:
                 raise UsageError(
-                    f"--{name}={value} contradicts {resumed}, made with {saved[name]}: drop it"
+                    f"--{name}={value} contradicts {resumed}, made with {saved[name]!r}: drop it, "
+                    f"or start a second stage with --init_from={resumed}"
                 )
         cfg = replace(cfg, **{k: v for k, v in given.items() if k in RESUMABLE - {"resume"}})
     else:
@@ -528,8 +535,8 @@ def begin(given):
             f"and divide the {cfg.batch_size * T} of a micro-batch"
         )
     data = open_dataset(cfg, T)
-    for name in cfg.tasks.split(",") if cfg.needle_frac else ():
-        draw_task(data.enc, np.random.default_rng(0), replace(cfg, tasks=name), T)  # does it fit?
+    if cfg.needle_frac:
+        check_room(data.enc, cfg, T)
     if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
         model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:
@@ -546,7 +553,8 @@ def begin(given):
             f"be shared by {machine.world} processes: use a multiple of {machine.world}"
         )
     if not resumed:
-        cfg = replace(cfg, out_dir=str(choose_out_dir(cfg)), dtype=str(machine.dtype)[6:])
+        out_dir = str(choose_out_dir(cfg, model_cfg.pattern))
+        cfg = replace(cfg, out_dir=out_dir, dtype=str(machine.dtype)[6:])
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
     optimizers = make_optimizers(model, cfg)

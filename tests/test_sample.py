@@ -444,6 +444,11 @@ def test_seeds_become_one_line_of_mean_and_standard_deviation(fit, own_run, tmp_
         assert cell.startswith(f"{np.mean(x):.3f} ± {abs(x[0] - x[1]) / math.sqrt(2):.3f} (")
 
 
+def test_a_run_named_twice_is_no_second_seed(own_run):
+    with pytest.raises(UsageError, match="named twice"):
+        ask([own_run, f"{own_run}/"], "--probe=loss")
+
+
 def test_a_second_stage_is_no_seed_of_the_first(variant, capsys):
     runs = [variant("one"), variant("two", train=dict(init_from="out/one", seed=2))]
     ask(runs, "--probe=loss", "--max_multiple=1")

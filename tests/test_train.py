@@ -439,6 +439,16 @@ def test_questions_that_can_never_fit_are_refused_before_a_folder_is_made(fit, t
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_said_to_fit_can_always_be_drawn(data):
+    cfg = config(tasks="multikey,words", needle_frac=0.5)
+    with pytest.raises(UsageError, match="multikey") as e:
+        prepare_data.check_room(data.enc, cfg, 100)
+    room = int(re.search(r"(\d+) would do", str(e.value))[1])
+    prepare_data.check_room(data.enc, cfg, room)
+    for seed in range(500):
+        prepare_data.draw_task(data.enc, np.random.default_rng(seed), cfg, room)
+
+
 def test_wordings_too_long_for_a_row_are_drawn_again(data):
     """70 tokens hold two facts and questions in some wordings only."""
     cfg = config(batch_size=100, needle_frac=1.0, needles=2, needle_questions=2, needle_digits=4)
@@ -518,6 +528,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch, data_dir):
              "--preset=swa"]  # fmt: skip
     assert [str(train.main(flags)) for _ in range(3)] == ["out/swa", "out/swa-2", "out/swa-3"]
     assert train.newest_run().name == "swa-3"
+    assert str(train.main([*flags[:-1], "--pattern=SW"])) == "out/SW"  # not a preset's name
 
 
 def test_a_missing_dataset_and_one_too_short_are_clear_errors(fit, tmp_path, monkeypatch):
