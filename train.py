@@ -690,8 +690,11 @@ def bench(given):
     print("| T | rows | path | preset | window | tok/s | MFU | peak GB | x rope | FLOPs allow |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     found, rope = [], {}
-    for cfg, model_cfg in jobs:
+    bar = tqdm(jobs, "timing", disable=not sys.stderr.isatty(), leave=False)
+    for cfg, model_cfg in bar:
         T = model_cfg.block_size
+        if bar.disable:
+            print(f"timing {cfg.preset} at {T} tokens", file=sys.stderr, flush=True)
         row = dict(T=T, rows=max(1, budget // T), path=model_cfg.attention, preset=cfg.preset)
         row |= dict(window=model_cfg.window) | time_steps(cfg, model_cfg, row["rows"], machine)
         same = T, row["path"]
@@ -704,7 +707,8 @@ def bench(given):
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}" if row["mfu"] else "-"]
         more = (row.get(key) for key in ("peak_gb", "x_rope", "flops_allow"))
         cells += ["-" if number is None else f"{number:.2f}" for number in more]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        bar.write("| " + " | ".join(cells) + " |", file=sys.stdout)
+        sys.stdout.flush()
     if cfg.out_dir:
         about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
