@@ -693,7 +693,7 @@ def bench(given):
     bar = tqdm(jobs, "timing", disable=not sys.stderr.isatty(), leave=False)
     for cfg, model_cfg in bar:
         T = model_cfg.block_size
-        if bar.disable:
+        if bar.disable and found:  # a line here before a bad input's own would be one too many
             print(f"timing {cfg.preset} at {T} tokens", file=sys.stderr, flush=True)
         row = dict(T=T, rows=max(1, budget // T), path=model_cfg.attention, preset=cfg.preset)
         row |= dict(window=model_cfg.window) | time_steps(cfg, model_cfg, row["rows"], machine)
