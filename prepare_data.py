@@ -31,7 +31,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -648,10 +648,12 @@ LINKS = [" ", " is ", " = ", "=", ": ", " -> ", '": ']
 CLOSINGS = ["\n", ".\n", ";\n", "!\n", ",\n"]
 
 
-def draw_form(rng):
-    """(before, after) a number, `{}` in the first for the key: half of them random words."""
+def draw_form(rng, held_out=False):
+    """(before, after) a number, `{}` in the first for the key: half of training's random words."""
     def one_of(items):
         return items[rng.integers(len(items))]
+    if held_out:
+        return one_of(NEW_FORMS)
     if rng.random() < 0.5:
         return one_of(FORMS)
     left, right = (one_of(["", one_of(FILLERS)]) for _ in range(2))
@@ -695,7 +697,7 @@ def needle_task(enc, rng, n_needles=4, digits=7, questions=1, held_out=False):
     if not 1 <= questions <= n_needles:
         raise UsageError(f"{n_needles} facts are too few for {questions} different questions")
     words, numbers = random_words(rng, n_needles, held_out), random_numbers(rng, n_needles, digits)
-    before, after = NEW_FORMS[rng.integers(len(NEW_FORMS))] if held_out else draw_form(rng)
+    before, after = draw_form(rng, held_out)
     before = [before.format(word) for word in words]
     facts = [said(enc, *fact, after) for fact in zip(before, numbers, strict=True)]
     asked = rng.permutation(n_needles)[:questions].tolist()
@@ -706,7 +708,7 @@ def needle_task(enc, rng, n_needles=4, digits=7, questions=1, held_out=False):
 def multivalue_task(enc, rng, held_out=False):
     """One key has four numbers, four others have one: all of the one's, as they come."""
     words, numbers = random_words(rng, 5, held_out), random_numbers(rng, 8, 7)
-    before, after = NEW_FORMS[rng.integers(len(NEW_FORMS))] if held_out else draw_form(rng)
+    before, after = draw_form(rng, held_out)
     keys = [before.format(word) for word in (*words[:1] * 3, *words)]
     facts = [said(enc, *fact, after) for fact in zip(keys, numbers, strict=True)]
     turns = [(encode(enc, keys[0] if i == 0 else ", "), encode(enc, numbers[i])) for i in range(4)]
@@ -767,46 +769,50 @@ def tokens_needed(task):
     return sum(map(len, task.facts)) + sum(len(part) for turn in task.turns for part in turn)
 
 
-def draw_task(enc, rng, cfg, room, held_out=False):
-    """One of cfg.tasks that needs `room` tokens at most; `needle`'s sizes are flags of cfg.
+def no_room(name, room, needed):
+    """The error where wordings of a task need so many tokens and a row has only `room`."""
+    return UsageError(f"a row of {room} tokens cannot hold the facts and questions of {name}: "
+                      f"{sorted(needed)[len(needed) // 2]} would do")
 
+
+def draw_task(enc, rng, names, sizes, room, held_out=False):
+    """One of the tasks called names that needs `room` tokens at most.
+
+    sizes: how many facts, digits and questions `needle` has; those of TASKS have their own.
     Wordings differ in length: one that is too long is drawn again. UsageError where all are.
     """
-    names = cfg.tasks.split(",")
     name, needed = names[rng.integers(len(names))], []
     while len(needed) < 50:
         if name == "needle":
-            asked = cfg.needle_questions or cfg.needles
-            task = needle_task(enc, rng, cfg.needles, cfg.needle_digits, asked, held_out)
+            task = needle_task(enc, rng, *sizes, held_out)
         else:
             task = TASKS[name](enc, rng, held_out)
         needed.append(tokens_needed(task))
         if needed[-1] <= room:
             return task
-    raise UsageError(f"a row of {room} tokens cannot hold the facts and questions of {name}: "
-                     f"{sorted(needed)[25]} would do")
+    raise no_room(name, room, needed)
 
 
-def check_room(enc, cfg, room):
-    """UsageError unless half the wordings of each of cfg.tasks, or more, need `room` tokens."""
-    for name in cfg.tasks.split(","):
-        rng, only = np.random.default_rng(0), replace(cfg, tasks=name)
-        needed = sorted(tokens_needed(draw_task(enc, rng, only, math.inf)) for _ in range(100))
-        if needed[50] > room:
-            raise UsageError(f"a row of {room} tokens cannot hold the facts and questions of "
-                             f"{name}: {needed[50]} would do")
+def check_room(enc, names, sizes, room):
+    """UsageError unless `room` tokens hold each of the tasks, in half its wordings or more."""
+    for name in names:
+        rng = np.random.default_rng(0)
+        drawn = (draw_task(enc, rng, [name], sizes, math.inf) for _ in range(100))
+        needed = [tokens_needed(task) for task in drawn]
+        if sorted(needed)[50] > room:
+            raise no_room(name, room, needed)
 
 
 def together(tasks):
     """Several tasks as one, for one row."""
-    all_of = Task([], [], [], ())
+    facts, turns, asked, chains = [], [], [], []
     for task in tasks:
-        n = len(all_of.facts)
-        chains = tuple([i + n for i in chain] for chain in task.chains)
-        asked = [i + n for i in task.asked]
-        more = Task(task.facts, task.turns, asked, chains)
-        all_of = Task(*(a + b for a, b in zip(all_of, more, strict=True)))
-    return all_of
+        n = len(facts)  # where the indices of this one begin
+        asked += [n + i for i in task.asked]
+        chains += [[n + i for i in links] for links in task.chains]
+        facts += task.facts
+        turns += task.turns
+    return Task(facts, turns, asked, tuple(chains))
 
 
 def plant(row, task, rng, depth=None):
@@ -818,7 +824,8 @@ def plant(row, task, rng, depth=None):
     Errors: UsageError with the length that suffices, where the row is too short.
     """
     lengths, asked = [len(fact) for fact in task.facts], task.asked[0]
-    ends = np.cumsum([len(part) for turn in task.turns for part in turn])  # in the tail
+    parts = [part for turn in task.turns for part in turn]  # of the tail
+    ends = np.cumsum([len(part) for part in parts])
     tail, needed = int(ends[-1]), sum(lengths)
     room = len(row) - tail  # tokens before the questions
     free = room - needed  # those that no fact covers
@@ -853,7 +860,7 @@ def plant(row, task, rng, depth=None):
         spans[i] = slice(start + gap, start + gap + lengths[i])
         planted[spans[i]] = task.facts[i]
         start += lengths[i]
-    planted[room:] = np.concatenate([part for turn in task.turns for part in turn])
+    planted[room:] = np.concatenate(parts)
     answers = [slice(room + a, room + b) for a, b in ends.reshape(-1, 2).tolist()]
     about = [spans[i] for i in task.asked]
     return Planted(planted, spans, about, answers, slice(room, len(row)))

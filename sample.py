@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -178,12 +178,11 @@ class Run:
         The same questions at every length. With a depth, one: it is of one fact.
         """
         asked = self.cfg.questions if depth is None else 1
-        sizes = dict(tasks=task, needles=max(self.train.needles, asked), needle_questions=asked)
+        sizes = max(self.train.needles, asked), self.train.needle_digits, asked
         planted = []
         for i, row in enumerate(self.rows(length, haystack)):
             rng = np.random.default_rng((self.cfg.seed, i))
-            cfg = replace(self.train, **sizes)
-            drawn = draw_task(self.enc, rng, cfg, self.T, self.cfg.held_out)
+            drawn = draw_task(self.enc, rng, [task], sizes, self.T, self.cfg.held_out)
             planted.append(plant(row, drawn, rng, depth))
         return planted
 

@@ -120,6 +120,11 @@ class TrainConfig:
                 f"--needle_questions={self.needle_questions}: above --needles={self.needles}"
             )
 
+    def asking(self):
+        """What draw_task wants to know: the names of the tasks, and the sizes of `needle`."""
+        questions = self.needle_questions or self.needles
+        return self.tasks.split(","), (self.needles, self.needle_digits, questions)
+
 
 # What may differ when a run is resumed: none of it changes what the next step computes.
 RESUMABLE = {
@@ -228,8 +233,8 @@ def make_batch(data, cfg, T, step, micro):
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
-            task = together([draw_task(data.enc, rng, cfg, T) for _ in range(n)])
-            rows[r] = plant(rows[r], task, rng).row
+            tasks = [draw_task(data.enc, rng, *cfg.asking(), T) for _ in range(n)]
+            rows[r] = plant(rows[r], together(tasks), rng).row
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -536,7 +541,7 @@ def begin(given):
         )
     data = open_dataset(cfg, T)
     if cfg.needle_frac:
-        check_room(data.enc, cfg, T)
+        check_room(data.enc, *cfg.asking(), T)
     if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
         model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:

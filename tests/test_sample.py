@@ -226,6 +226,12 @@ def test_the_ruler_probe_has_a_column_a_task_and_an_average_over_retrieval(varia
     assert list(found) == ["qa"]
 
 
+def test_a_run_that_never_saw_a_question_may_be_asked(variant):
+    silent = variant("silent", train=dict(needle_frac=0.0), model=dict(block_size=256))
+    found = sample.probe_ruler(opened(silent, tasks="words", samples=2), 256)
+    assert set(found) == {"words", "retrieval"}
+
+
 def test_questions_and_answers_are_not_in_the_average_over_retrieval(tiny_run, monkeypatch):
     scores = dict(single=0.25, qa=0.75)
     monkeypatch.setattr(sample, "share_right", lambda run, planted: scores[planted])

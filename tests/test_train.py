@@ -440,13 +440,13 @@ def test_questions_that_can_never_fit_are_refused_before_a_folder_is_made(fit, t
 
 
 def test_what_is_said_to_fit_can_always_be_drawn(data):
-    cfg = config(tasks="multikey,words", needle_frac=0.5)
+    asking = config(tasks="multikey,words", needle_frac=0.5).asking()
     with pytest.raises(UsageError, match="multikey") as e:
-        prepare_data.check_room(data.enc, cfg, 100)
+        prepare_data.check_room(data.enc, *asking, 100)
     room = int(re.search(r"(\d+) would do", str(e.value))[1])
-    prepare_data.check_room(data.enc, cfg, room)
+    prepare_data.check_room(data.enc, *asking, room)
     for seed in range(500):
-        prepare_data.draw_task(data.enc, np.random.default_rng(seed), cfg, room)
+        prepare_data.draw_task(data.enc, np.random.default_rng(seed), *asking, room)
 
 
 def test_wordings_too_long_for_a_row_are_drawn_again(data):
