@@ -42,11 +42,16 @@ def flag(default, help, **more):
 
 
 def check_ranges(config):
-    """Hold every field against the choices, least, most and above its flag names: UsageError."""
+    """Hold every field against the choices, least, most and above its flag names: UsageError.
+
+    each: the choices of every item of a comma separated list.
+    """
     for f in fields(config):
         value, rule = getattr(config, f.name), f.metadata
         if value not in rule.get("choices", [value]):
             raise UsageError(f"--{f.name}={value}: choose from {', '.join(rule['choices'])}")
+        if "each" in rule and set(value.split(",")) - set(rule["each"]):
+            raise UsageError(f"--{f.name}={value}: choose from {', '.join(rule['each'])}")
         if "least" in rule and not rule["least"] <= value < math.inf:
             raise UsageError(f"--{f.name}={value}: it must be {rule['least']} or more")
         if "above" in rule and not rule["above"] < value < math.inf:

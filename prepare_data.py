@@ -88,34 +88,30 @@ def parse_flags(configs, argv, description="", epilog=""):
 
 def run_main(main):
     """Run main(argv) as a script: what the user can put right is one line on stderr, status 2."""
-    script = Path(sys.argv[0]).name
+    def stop(message, status=2):
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        sys.exit(status)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UsageError as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        stop(" ".join(str(error).split()))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(
                 r"out of memory|can't allocate memory", str(error)):
             raise
-        print(f"{script}: out of memory: lower --batch_size (and raise "
-              "--gradient_accumulation_steps), --block_size, --max_multiple or --cost_rows",
-              file=sys.stderr)
-        sys.exit(2)
+        stop("out of memory: lower --batch_size (and raise --gradient_accumulation_steps), "
+             "--block_size, --max_multiple or --cost_rows")
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        stop("interrupted", 130)
     except BrokenPipeError:
         # The reader (head, less) has left. Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except ImportError as error:
-        print(f"{script}: {error}: pip install -e '.[plot,hf]' has it", file=sys.stderr)
-        sys.exit(2)
+        stop(f"{error}: pip install -e '.[plot,hf]' has it")
     except OSError as error:
-        print(f"{script}: {error}: make room, or choose another folder", file=sys.stderr)
-        sys.exit(2)
+        stop(f"{error}: make room, or choose another folder")
 
 
 def write_atomically(path, data):

@@ -61,7 +61,7 @@ class SampleConfig:
     top_p: float = flag(1.0, "sample among the fewest tokens of this probability", above=0, most=1)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
     probe: str = flag("loss,needle", "what to measure, of loss,needle,ruler,attention,cost")
-    tasks: str = flag(",".join(TASKS), "what the ruler probe asks")
+    tasks: str = flag(",".join(TASKS), "what the ruler probe asks", each=TASKS)
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
@@ -83,8 +83,6 @@ class SampleConfig:
         unknown = set(self.probe.split(",")) - set(PROBES)
         if unknown:
             raise UsageError(f"--probe={self.probe}: choose from {', '.join(PROBES)}")
-        if set(self.tasks.split(",")) - set(TASKS):
-            raise UsageError(f"--tasks={self.tasks}: choose from {', '.join(TASKS)}")
         plot = Path(self.plot or "probe.png")
         if not plot.parent.is_dir() or plot.suffix not in (".png", ".pdf", ".svg"):
             raise UsageError(f"--plot={plot}: name a .png, .pdf or .svg in a folder that exists")
@@ -566,9 +564,9 @@ def main(argv):
         print(f"{run.folder}: T {run.T}, layers  {run.model.plan()}", flush=True)
         run.found = measure(run, cfg)
     lines = lines_of(runs)
+    tables = {"attention": attention_table, "ruler": ruler_table}
     for probe in cfg.probe.split(","):
-        own = {"attention": attention_table, "ruler": ruler_table}
-        print("\n" + (own[probe](lines) if probe in own else table(probe, lines)))
+        print("\n" + tables.get(probe, partial(table, probe))(lines))
     for label, group in lines.items() if cfg.heatmap else ():
         print(f"\n{heatmap_table(group, label)}")
     figure = Path(cfg.plot or runs[0].folder / "probe.png")
