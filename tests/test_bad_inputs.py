@@ -25,7 +25,7 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--maxiters=4"], "did you mean --max_iters?"),
     (["--max_iters=ten"], "invalid int value: 'ten'"),
     (["--max_iters=0"], "--max_iters=0: it must be 1 or more"),
-    (["--learning_rate=nan"], "not a finite number"),
+    (["--learning_rate=nan"], "--learning_rate: nan is not a finite number"),
     (["--learning_rate=-1"], "--learning_rate=-1.0: it must be more than 0"),
     (["--min_lr=1"], "above --learning_rate"),
     (["--window=0"], "--window=0: it must be 1 or more"),
@@ -65,8 +65,6 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--colour=red"], "--colour"),
     (["--max_iter=3"], "--max_iters"),  # an abbreviation is not guessed
     (["--max_iters=many"], "many"),
-    (["--max_iters=0"], "--max_iters=0"),
-    (["--learning_rate=nan"], "--learning_rate"),
     (["--needle_frac=1.5"], "--needle_frac"),
     (["--n_layer=3"], "--n_layer=4"),
     (["--device=tpu"], "--device"),
@@ -90,7 +88,7 @@ PREPARE = [
     (["--dataset=good.txt", "--name=../up"], "cannot be a folder"),
 ]
 SAMPLE = [
-    (["nowhere"], "holds no run"),
+    (["nowhere"], "nowhere holds no run"),
     (["--probe=smell"], "choose from loss, needle"),
     (["--max_multiple=0"], "--max_multiple=0"),
     (["--max_multiple=100000"], "use --max_multiple="),
@@ -112,7 +110,6 @@ SAMPLE = [
     (["--promt=x"], "--prompt"),
     (["--temp=1"], "--temp"),  # an abbreviation is not guessed
     (["--device=tpu"], "--device"),
-    (["nowhere"], "nowhere"),
 ]
 
 
