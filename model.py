@@ -426,14 +426,14 @@ class Attention(nn.Module):
             q = (q * q_scale[:, None, None]).to(q.dtype)
         return q, k, v
 
-    def forward(self, x, rotation, q_scale, cache=None, start=0):
+    def forward(self, x, rotation, q_scale, cache=None, start=0, last=0):
         q, k, v = self.qkv(x, rotation, q_scale)
         if torch.is_tensor(start):  # one more token, after what the cache holds
             y = attend_cached(q, cache.k, cache.v, cache.append(k, v, start), self.path)
         else:
             if cache is not None:
                 k, v = cache.update(k, v, start)
-            y = attend(q, k, v, self.window, self.chunked, self.path)
+            y = attend(q[:, -last:], k, v, self.window, self.chunked, self.path)
         return self.wo(y.flatten(2))
 
 
@@ -459,9 +459,11 @@ class Block(nn.Module):
         self.attn = Attention(config, letter)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rotation, q_scale, cache=None, start=0):
+    def forward(self, x, rotation, q_scale, cache=None, start=0, last=0):
+        """x (B, T, d) -> the same of the next layer, or of its last `last` positions (0: all)."""
         h = self.ln(x)
-        return x + self.attn(h, rotation, q_scale, cache, start) + self.mlp(h)
+        y = self.attn(h, rotation, q_scale, cache, start, last)
+        return x[:, -last:] + y + self.mlp(h[:, -last:])
 
 
 LOSS_SLICE = 2**29  # logits in memory at once while a loss is computed
@@ -552,16 +554,19 @@ class GPT(nn.Module):
             )
         return rotations, scale
 
-    def body(self, idx, caches=None, start=0):
+    def body(self, idx, caches=None, start=0, last=0):
         """idx (B, T) int64 at positions start .. -> the normalised last hidden states (B, T, d).
 
         start: an int; or, for a single token after those in the caches, a tensor (1,).
+        last: of the last so many positions only, (B, last, d). Nothing else is asked of the last
+        layer then, and where that one sees everything, it is half of a long row's work.
         """
         rotations, scale = self.positions(idx.size(1), start)
         x = self.wte(idx).to(self.dtype)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x = block(x, rotations.get(block.attn.theta), scale, cache, start)
+            wanted = last if i == len(self.blocks) - 1 else 0
+            x = block(x, rotations.get(block.attn.theta), scale, cache, start, wanted)
         return self.norm(x)
 
     def head(self, x):

@@ -191,7 +191,7 @@ class Run:
         for part in np.array_split(rows, -(-len(rows) // some)):
             x, y = self.machine.put(part[:, :-1], part[:, -n:])
             with self.machine.autocast():
-                yield self.model.head(self.model.body(x)[:, -n:]), y
+                yield self.model.head(self.model.body(x, last=n)), y
 
 
 def probe_loss(run, length, _depth=None):

@@ -612,6 +612,15 @@ def test_a_query_over_pieces_of_a_cache_is_one_over_all_of_it(monkeypatch, heads
     assert len(pieces) == 2 * (4 + 1)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("last", [1, 7, 40])
+@torch.no_grad()
+def test_the_last_states_alone_are_those_of_the_whole_row(preset, last):
+    model, idx = build(scale=4, **PRESETS[preset]), tokens(2, 40)
+    got, whole = model.body(idx, last=last), model.body(idx)
+    torch.testing.assert_close(got, whole[:, -last:], atol=1e-5, rtol=1e-5)
+
+
 def test_a_full_cache_refuses_another_token():
     model, idx = build(pattern="SN", n_layer=2), tokens(1, 8)
     caches = model.new_caches(1, 8)

@@ -21,7 +21,7 @@ from train import TrainConfig, load_checkpoint, load_run, make_batch
 
 
 def config(**flags):
-    return TrainConfig(**dict(batch_size=6, needle_frac=0.0, needles=1) | flags)
+    return TrainConfig(**dict(batch_size=6, needle_frac=0.0, tasks="needle", needles=1) | flags)
 
 
 def tiny_model(**flags):
