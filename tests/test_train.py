@@ -21,7 +21,7 @@ from train import TrainConfig, load_checkpoint, load_run, make_batch
 
 
 def config(**flags):
-    return TrainConfig(**dict(batch_size=6, needle_frac=0.0, tasks="needle", needles=1) | flags)
+    return TrainConfig(**dict(batch_size=6, needle_frac=0.0, needles=1) | flags)
 
 
 def tiny_model(**flags):
@@ -146,6 +146,27 @@ def test_the_schedule_warms_up_and_ends_at_min_lr():
     assert lr[110] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(lr[10:], lr[11:], strict=False))
     assert train.learning_rate(0, replace(cfg, warmup_iters=0)) == pytest.approx(1.0)
+
+
+def test_batched_muon_takes_the_steps_of_torchs_muon():
+    torch.manual_seed(0)
+    shapes = [(8, 8), (24, 8), (8, 24), (8, 8), (8, 24), (4, 24)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    batched = train.BatchedMuon(ours, 0.1, 0.3)
+    single = torch.optim.Muon(theirs, 0.1, 0.3, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        before = [p.detach().clone() for p in ours]
+        batched.step()
+        single.step()
+        for a, b, old in zip(ours, theirs, before, strict=True):
+            moved = (b - old).norm()
+            assert (a - b).norm() < 0.02 * moved  # both compute in bfloat16
+            assert moved > 0.1
+    assert batched.state_dict()["state"].keys() == single.state_dict()["state"].keys()
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
