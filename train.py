@@ -694,6 +694,9 @@ def train(given):
         print(f"done in {time.time() - began:.0f} s: python sample.py {folder}")
     if machine.world > 1:
         dist.destroy_process_group()
+        # Gloo's threads may need the GIL to let go of the last tensors, and freeing the DDP model
+        # waits for them with the GIL held: a run in ten never ended (pytorch/pytorch#56297).
+        time.sleep(0.5)
     return folder
 
 
