@@ -641,7 +641,7 @@ class GPT(nn.Module):
         if not idx.size(1):
             raise UsageError("an empty prompt: give one token at least")
         for a in range(0, idx.size(1), slice):
-            x = self.body(idx[:, a : a + slice], caches, start + a)
+            x = self.body(idx[:, a : a + slice], caches, start + a, last=1)
         return x[:, -1]
 
     @torch.no_grad()
