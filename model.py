@@ -105,9 +105,7 @@ class ModelConfig:
     rope_theta_full: float = flag(0.0, "base on R layers; 0: rope_theta", least=0)
     qk_norm: bool = flag(False, "normalise q and k per head before they are rotated")
     log_scale: bool = flag(False, "N layers: q *= max(1, ln(pos + 1) / ln(block_size))")
-    attn_scale: float = flag(
-        0.0, "N layers: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0
-    )
+    attn_scale: float = flag(0.0, "N: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0)
     logit_scale: float = flag(1.0, "factor on the logits", above=0)
     norm_eps: float = flag(1e-5, "epsilon of the LayerNorms", above=0)
     attention: str = flag("auto", "path of attention", choices=("auto", "mask", "blocks", "flash"))
@@ -117,49 +115,31 @@ class ModelConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.ffn_dim = self.ffn_dim or -(-8 * self.n_embd // 3 // 64) * 64
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise UsageError(
-                f"n_embd={self.n_embd} over n_head={self.n_head}: heads need an even, whole width"
-            )
+            raise UsageError(f"n_embd={self.n_embd} over n_head={self.n_head}: heads need an even, "
+                             "whole width")
         if self.n_head % self.n_kv_head:
-            raise UsageError(
-                f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"
-            )
-        unknown = sorted(set(self.pattern) - set(LAYERS))
+            raise UsageError(f"n_head={self.n_head} is not a multiple of "
+                             f"n_kv_head={self.n_kv_head}")
+        unknown = ", ".join(sorted(set(self.pattern) - set(LAYERS)))
         if unknown or not self.pattern:
-            raise UsageError(
-                f"pattern {self.pattern!r}: use letters of {', '.join(LAYERS)}"
-                + (f", not {', '.join(unknown)}" if unknown else "")
-            )
-        missing = set(self.pattern) - set(self.layers)
+            raise UsageError(f"pattern {self.pattern!r}: use letters of {', '.join(LAYERS)}"
+                             + (f", not {unknown}" if unknown else ""))
+        self.layers = (self.pattern * self.n_layer)[: self.n_layer]  # a letter a layer
+        self.head_dim = self.n_embd // self.n_head
+        missing = "".join(sorted(set(self.pattern) - set(self.layers)))
         if missing:
-            raise UsageError(
-                f"pattern {self.pattern!r} over {self.n_layer} layers never builds "
-                f"{''.join(sorted(missing))!r}: use --n_layer={len(self.pattern)} or more, "
-                "or a shorter --pattern"
-            )
-
-    @property
-    def layers(self):
-        """One letter a layer: the pattern tiled over the depth."""
-        return (self.pattern * self.n_layer)[: self.n_layer]
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
+            raise UsageError(f"pattern {self.pattern!r} over {self.n_layer} layers never builds "
+                             f"{missing!r}: use --n_layer={len(self.pattern)} or more, or a "
+                             "shorter --pattern")
 
     def keys_seen(self, letter, T):
         """How many keys a query of a T-token row sees, averaged over the row."""
-        W = min(self.window, T)
-        if LAYERS[letter].span == "full":
-            return (T + 1) / 2
-        if LAYERS[letter].span == "window":
-            return W - W * (W - 1) / (2 * T)
-        whole, rest = divmod(T, W)
-        return (whole * W * (W + 1) + rest * (rest + 1)) / (2 * T)
+        i, W = torch.arange(T), self.window
+        before = dict(full=i, window=i.clamp(max=W - 1), chunk=i % W)[LAYERS[letter].span]
+        return (before + 1).double().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------
-# Attention: one rule for who sees whom, and three ways to compute it
+# ---- Attention: one rule for who sees whom, and three ways to compute it ------------------------
 
 
 def visible(i, j, window=None, chunked=False):
@@ -306,8 +286,7 @@ def attend_cached(q, k, v, held, path="auto"):
     return y.transpose(1, 2).reshape(B, 1, H, D)
 
 
-# ---------------------------------------------------------------------------------------------
-# Positions
+# ---- Positions ----------------------------------------------------------------------------------
 
 
 def rotary(start, T, head_dim, theta, device):
@@ -381,21 +360,14 @@ class Cache:
             raise ValueError(f"this cache was made for {self.most} tokens, not {tokens}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model ----------------------------------------------------------------------------------
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with a weight and no bias, computed in fp32 whatever the residual stream is."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+class LayerNorm(nn.LayerNorm):
+    """Computed in fp32, by kernel or autocast, whatever the residual stream is."""
 
     def forward(self, x):
-        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), eps=self.eps)
-        return y.to(x.dtype)
+        return super().forward(x).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -412,8 +384,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(d, G * D, bias=False)
         self.wo = nn.Linear(d, d, bias=False)
         normed = config.qk_norm and self.rope
-        self.q_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
-        self.k_norm = LayerNorm(D, config.norm_eps) if normed else nn.Identity()
+        self.q_norm = LayerNorm(D, config.norm_eps, bias=False) if normed else nn.Identity()
+        self.k_norm = LayerNorm(D, config.norm_eps, bias=False) if normed else nn.Identity()
 
     def qkv(self, x, rotation, q_scale):
         """x (B, T, d) -> q (B, T, H, D), k and v (B, T, G, D), positioned and ready to attend."""
@@ -455,7 +427,7 @@ class Block(nn.Module):
 
     def __init__(self, config, letter):
         super().__init__()
-        self.ln = LayerNorm(config.n_embd, config.norm_eps)
+        self.ln = LayerNorm(config.n_embd, config.norm_eps, bias=False)
         self.attn = Attention(config, letter)
         self.mlp = SwiGLU(config)
 
@@ -513,17 +485,14 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # tied: it is the head as well
         self.blocks = nn.ModuleList(Block(config, letter) for letter in config.layers)
-        self.norm = LayerNorm(config.n_embd, config.norm_eps)
-        self.init_weights()
-
-    def init_weights(self):
-        """N(0, 0.02), as GPT-2 and cohere2; what writes into the stream is scaled by its depth."""
+        self.norm = LayerNorm(config.n_embd, config.norm_eps, bias=False)
+        # N(0, 0.02), as GPT-2 and cohere2; what writes into the stream is scaled by its depth.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
         for block in self.blocks:
             for out in (block.attn.wo, block.mlp.down):
-                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @property
     def dtype(self):
@@ -549,9 +518,8 @@ class GPT(nn.Module):
         if c.log_scale:
             scale = ((pos + 1).log() / math.log(max(2, c.block_size))).clamp(min=1)
         if c.attn_scale:
-            scale = (1 if scale is None else scale) * (
-                1 + c.attn_scale * (1 + (pos + 1) // c.block_size).log()
-            )
+            tempered = 1 + c.attn_scale * (1 + (pos + 1) // c.block_size).log()
+            scale = tempered if scale is None else scale * tempered
         return rotations, scale
 
     def body(self, idx, caches=None, start=0, last=0):
@@ -713,10 +681,9 @@ class GPT(nn.Module):
         c = self.config
         unsaid = [name for name in ("qk_norm", "log_scale", "attn_scale") if getattr(c, name)]
         if unsaid or set(c.layers) - {"S", "N"}:
-            raise UsageError(
-                f"cohere2 has layers S and N only, and no {', '.join(unsaid) or 'other'}: "
-                f"a model of pattern {c.pattern} cannot be saved in its format"
-            )
+            raise UsageError("cohere2 has layers S and N only, and no "
+                             f"{', '.join(unsaid) or 'other'}: a model of pattern {c.pattern} "
+                             "cannot be saved in its format")
         hf = {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | HF_FIXED
         hf |= dict(
             architectures=["Cohere2ForCausalLM"], head_dim=c.head_dim, dtype="float32",

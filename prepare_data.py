@@ -15,7 +15,6 @@ import base64
 import codecs
 import difflib
 import hashlib
-import heapq
 import http.client
 import json
 import math
@@ -32,7 +31,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,41 +221,25 @@ def train_bpe(text, vocab_size):
     """Byte-pair encoding (arXiv 1508.07909): the token byte strings, in order of rank, at most
     vocab_size - 1 (the last id is the end of document), fewer if no pair repeats."""
     counts = Counter(regex.findall(WORDS, text))
-    words, often = [list(word.encode()) for word in counts], list(counts.values())
+    # chr(i) stands for token i in a word: to merge a pair is to replace two letters by a new one.
+    words, often = [word.encode().decode("latin1") for word in counts], list(counts.values())
     pairs, holders = Counter(), defaultdict(set)  # how often each pair occurs; in which words
 
     def count(i, sign):
-        for pair in pairwise(words[i]):
+        for pair in map(str.__add__, words[i], words[i][1:]):
             pairs[pair] += sign * often[i]
             holders[pair].add(i)
 
     for i in range(len(words)):
         count(i, 1)
     tokens = [bytes([i]) for i in range(256)]
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    while heap and len(tokens) < vocab_size - 1:
-        n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:  # the count has changed since it was pushed
-            heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        if n > -2:
-            break
-        new, changed = len(tokens), set()
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    while len(tokens) < vocab_size - 1 and (most := max(pairs.values(), default=0)) > 1:
+        pair = min(pair for pair, n in pairs.items() if n == most)
         for i in holders.pop(pair):  # visit only the words that hold the pair
             count(i, -1)
-            merged = []
-            for token in words[i]:
-                if merged and (merged[-1], token) == pair:
-                    merged[-1] = new
-                else:
-                    merged.append(token)
-            words[i] = merged
+            words[i] = words[i].replace(pair, chr(len(tokens)))
             count(i, 1)
-            changed.update(p for p in pairwise(merged) if new in p)
-        for p in changed:
-            heapq.heappush(heap, (-pairs[p], p))
+        tokens.append(b"".join(tokens[ord(letter)] for letter in pair))
     return tokens
 
 

@@ -28,26 +28,16 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import prepare_data
 from model import GPT, UsageError, check_ranges, flag, sample_token, visible
-from prepare_data import (
-    HAYSTACKS,
-    TASKS,
-    draw_task,
-    encode,
-    encoding,
-    load_data,
-    parse_flags,
-    plant,
-    run_main,
-    token_bytes,
-    write_atomically,
-)
+from prepare_data import HAYSTACKS, TASKS, draw_task
 from train import RESUMABLE, Machine, TrainConfig, load_run, newest_run
 
 
@@ -60,7 +50,8 @@ class SampleConfig:
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
     top_p: float = flag(1.0, "sample among the fewest tokens of this probability", above=0, most=1)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
-    probe: str = flag("loss,needle", "what to measure, of loss,needle,ruler,attention,cost")
+    probe: str = flag("loss,needle", "what to measure, of loss,needle,ruler,attention,cost",
+                      each=("loss", "needle", "ruler", "attention", "cost"))
     tasks: str = flag(",".join(TASKS), "what the ruler probe asks", each=TASKS)
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
@@ -80,9 +71,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        unknown = set(self.probe.split(",")) - set(PROBES)
-        if unknown:
-            raise UsageError(f"--probe={self.probe}: choose from {', '.join(PROBES)}")
         plot = Path(self.plot or "probe.png")
         if not plot.parent.is_dir() or plot.suffix not in (".png", ".pdf", ".svg"):
             raise UsageError(f"--plot={plot}: name a .png, .pdf or .svg in a folder that exists")
@@ -91,34 +79,26 @@ class SampleConfig:
 TOKENS = 2**17  # of the rows that are read at once
 
 
-class HubTokenizer:
+def hub_tokenizer(folder):
     """The tokenizer of a Hugging Face folder, as the little of tiktoken.Encoding used here."""
+    from transformers import AutoTokenizer
 
-    name = "hub"
-
-    def __init__(self, folder):
-        from transformers import AutoTokenizer
-
-        try:
-            self.inner = AutoTokenizer.from_pretrained(folder)
-            assert self.inner.encode("a", add_special_tokens=False)
-        except (OSError, ValueError, KeyError, AssertionError):
-            raise UsageError(f"{folder} has no tokenizer: it can do --probe=cost only") from None
-        self.n_vocab, self.eot_token = len(self.inner), self.inner.eos_token_id
-
-    def encode_to_numpy(self, text, disallowed_special=()):
-        return np.array(self.inner.encode(text, add_special_tokens=False))
-
-    def decode(self, ids):
-        return self.inner.decode(ids)
+    try:
+        inner = AutoTokenizer.from_pretrained(folder)
+        ids = partial(inner.encode, add_special_tokens=False)
+        assert ids("a")
+    except (OSError, ValueError, KeyError, AssertionError):
+        raise UsageError(f"{folder} has no tokenizer: it can do --probe=cost only") from None
+    return SimpleNamespace(name="hub", n_vocab=len(inner), eot_token=inner.eos_token_id,
+                           decode=inner.decode, encode_to_numpy=lambda s, **_: np.array(ids(s)))
 
 
 class Run:
     """A trained model with its text and the tokens it is scored on."""
 
     def __init__(self, folder, cfg, machine):
-        changed = {k: getattr(cfg, k) for k in ("log_scale", "window", "rope_theta", "attention")}
-        changed = {k: v for k, v in changed.items() if v is not None}
+        changed = {k: v for k in ("log_scale", "window", "rope_theta", "attention")
+                   if (v := getattr(cfg, k)) is not None}
         self.folder, self.machine, self.cfg = Path(folder), machine, cfg
         self.train, self.meta = TrainConfig(), None
         about = self.folder / "config.json"
@@ -130,14 +110,14 @@ class Run:
 
     @cached_property
     def enc(self):
-        return encoding(self.meta) if self.meta else HubTokenizer(self.folder)
+        return prepare_data.encoding(self.meta) if self.meta else hub_tokenizer(self.folder)
 
     @cached_property
     def data(self):
         if self.meta is None:
             raise UsageError(f"{self.folder} names no text to score: use --prompt or --probe=cost")
         folder = Path(self.train.data_dir) / self.train.dataset
-        data = load_data(folder)
+        data = prepare_data.load_data(folder)
         if data.meta["val_sha256"] != self.meta["val_sha256"]:
             raise UsageError(f"{folder} is not the text that {self.folder} was trained on")
         return data
@@ -149,7 +129,7 @@ class Run:
             return HAYSTACKS[name](self.enc, 2 * self.T * self.cfg.max_multiple)
         if not name:
             return data.val
-        other = load_data(Path(self.train.data_dir) / name)
+        other = prepare_data.load_data(Path(self.train.data_dir) / name)
         if any(other.meta.get(k) != data.meta.get(k) for k in ("tokenizer", "ranks")):
             raise UsageError(f"--haystack={name} has other tokens than {self.folder} learnt from")
         if other.meta["train_sha256"] == data.meta["train_sha256"]:
@@ -162,10 +142,9 @@ class Run:
         text = self.text(haystack or self.cfg.haystack)
         longest = self.T * self.cfg.max_multiple + 1
         if longest > len(text):
-            raise UsageError(
-                f"the text has {len(text)} tokens, {self.cfg.max_multiple}x asks for {longest}: "
-                f"use --max_multiple={max(1, (len(text) - 1) // self.T)} at most"
-            )
+            raise UsageError(f"the text has {len(text)} tokens, {self.cfg.max_multiple}x asks for "
+                             f"{longest}: use --max_multiple={max(1, (len(text) - 1) // self.T)} "
+                             "at most")
         first = max(longest, len(text) // 4)
         ends = np.linspace(first, len(text), self.cfg.samples).astype(int)
         return self.data.rows(text, ends - length - 1, length + 1)
@@ -181,7 +160,7 @@ class Run:
         for i, row in enumerate(self.rows(length, haystack)):
             rng = np.random.default_rng((self.cfg.seed, i))
             drawn = draw_task(self.enc, rng, [task], sizes, self.T, self.cfg.held_out)
-            planted.append(plant(row, drawn, rng, depth))
+            planted.append(prepare_data.plant(row, drawn, rng, depth))
         return planted
 
     @torch.no_grad()
@@ -200,7 +179,7 @@ def probe_loss(run, length, _depth=None):
     for logits, y in run.predict(rows, n):
         nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     targets = rows[:, -n:]
-    bits = nats / math.log(2) / token_bytes(run.enc)[targets].sum()
+    bits = nats / math.log(2) / prepare_data.token_bytes(run.enc)[targets].sum()
     return dict(bits_per_byte=bits, perplexity=math.exp(nats / targets.size))
 
 
@@ -229,10 +208,8 @@ def probe_ruler(run, length, _depth=None):
     jobs = [(name, name, None) for name in names]
     if "single" in names and not run.cfg.haystack:
         jobs += [(f"single, {haystack}", "single", haystack) for haystack in HAYSTACKS]
-    found = {
-        label: share_right(run, run.planted(length, task=name, haystack=haystack))
-        for label, name, haystack in jobs
-    }
+    found = {label: share_right(run, run.planted(length, task=name, haystack=haystack))
+             for label, name, haystack in jobs}
     retrieval = [share for label, share in found.items() if label != "qa"]
     return found | (dict(retrieval=float(np.mean(retrieval))) if retrieval else {})
 
@@ -272,10 +249,8 @@ def probe_attention(run, length, _depth=None):
         entropy = -(p * p.clamp(min=1e-30).log2()).sum(-1).mean((1, 2)).sum().item()
         sums[layer] += np.array([*shares, entropy, *curve]) / len(planted)
 
-    hooks = [
-        block.attn.register_forward_pre_hook(partial(watch, i))
-        for i, block in enumerate(run.model.blocks)
-    ]
+    attns = [block.attn for block in run.model.blocks]
+    hooks = [attn.register_forward_pre_hook(partial(watch, i)) for i, attn in enumerate(attns)]
     done = 0
     try:
         for _, y in run.predict(np.stack([p.row for p in planted]), n):
@@ -283,12 +258,9 @@ def probe_attention(run, length, _depth=None):
     finally:
         for hook in hooks:
             hook.remove()
-    names = (*SEGMENTS, "entropy")
-    return dict(layers=[
-        dict(letter=block.attn.letter, curve=found[len(names) :].tolist())
-        | dict(zip(names, found.tolist(), strict=False))
-        for block, found in zip(run.model.blocks, sums.values(), strict=True)
-    ])  # fmt: skip
+    names, found = (*SEGMENTS, "entropy"), (x.tolist() for x in sums.values())
+    return dict(layers=[dict(zip(names, x, strict=False), letter=attn.letter, curve=x[5:])
+                        for attn, x in zip(attns, found, strict=True)])
 
 
 @torch.no_grad()
@@ -303,19 +275,15 @@ def probe_cost(run, length, _depth=None):
     with run.machine.autocast():
         caches = model.new_caches(B, length + 2 * steps)
         model.prefill(ids[:, :4096], model.new_caches(B, min(length, 4096)))  # warm up
-        run.machine.sync()
-        began = time.perf_counter()
+        began = run.machine.clock()
         x = model.prefill(ids, caches)
-        run.machine.sync()
-        prefilled = time.perf_counter()
+        prefilled = run.machine.clock()
         step = model.decoder(caches, length)
         for n in range(2 * steps):
             if n == steps:
-                run.machine.sync()
-                halfway = time.perf_counter()
+                halfway = run.machine.clock()
             x = step(sample_token(model.head(x), temperature=0), length + n)
-        run.machine.sync()
-        ended = time.perf_counter()
+        ended = run.machine.clock()
     return dict(
         kv_mb=sum(t.nbytes for c in caches for t in (c.k, c.v)) / 1e6,
         prefill_tokens_per_second=B * length / (prefilled - began),
@@ -323,10 +291,8 @@ def probe_cost(run, length, _depth=None):
     )
 
 
-PROBES = {
-    "loss": probe_loss, "needle": probe_needle, "ruler": probe_ruler,
-    "attention": probe_attention, "cost": probe_cost,
-}  # fmt: skip
+PROBES = dict(loss=probe_loss, needle=probe_needle, ruler=probe_ruler, attention=probe_attention,
+              cost=probe_cost)
 DEPTHS = [i / 10 for i in range(11)]
 
 
@@ -347,12 +313,11 @@ def measure(run, cfg):
             found[probe][str(m)] = PROBES[probe](run, m * run.T)
     about = dict(command=" ".join(sys.argv), settings=asdict(cfg), model=asdict(run.model.config),
                  block_size=run.T, device=run.machine.name, torch=torch.__version__)
-    write_atomically(run.folder / "probe.json", json.dumps(about | found, indent=1))
+    prepare_data.write_atomically(run.folder / "probe.json", json.dumps(about | found, indent=1))
     return dict(found)
 
 
-# ---------------------------------------------------------------------------------------------
-# What the user sees
+# ---- What the user sees -------------------------------------------------------------------------
 
 
 def spread(values, form):
@@ -377,19 +342,15 @@ def lines_of(runs):
 
 
 TITLES = {  # probe: (numbers shown and their formats, title)
-    "loss": (
-        {"bits_per_byte": "{:.3f}", "perplexity": "{:.3g}"},
-        "bits per byte of the last T/4 tokens (perplexity per token)",
-    ),
+    "loss": ({"bits_per_byte": "{:.3f}", "perplexity": "{:.3g}"},
+             "bits per byte of the last T/4 tokens (perplexity per token)"),
     "needle": ({"accuracy": "{:.3f}"}, "questions answered exactly"),
     "ruler": ({"retrieval": "{:.3f}"}, "right answers, average over the retrieval tasks"),
     "attention": ({"needle": "{:.4f}"}, "attention on the fact asked for, of the answer's queries"),
-    "cost": (
-        {"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
-         "kv_mb": "{:,.1f}"},
-        "decoded tokens per second (prefilled tokens per second, MB of KV cache)",
-    ),
-}  # fmt: skip
+    "cost": ({"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
+              "kv_mb": "{:,.1f}"},
+             "decoded tokens per second (prefilled tokens per second, MB of KV cache)"),
+}
 
 
 def markdown(title, head, rows):
@@ -470,12 +431,9 @@ def heatmap_table(runs, label):
 def curves_of(probe, label, runs):
     """What is drawn of a probe's numbers: {name: one list a run, of one number a length}."""
     if probe == "attention":
-        return {
-            f"{label}, layers {kind}": [
-                [attention_of(run, m, kind, "needle") for m in run.found[probe]] for run in runs
-            ]
-            for kind in kinds_of(runs[0])
-        }
+        return {f"{label}, layers {kind}": [[attention_of(run, m, kind, "needle")
+                                             for m in run.found[probe]] for run in runs]
+                for kind in kinds_of(runs[0])}
     key, *_ = TITLES[probe][0]
     found = [run.found[probe].values() for run in runs]
     return {label: [[numbers.get(key, numbers.get("qa")) for numbers in run] for run in found]}
@@ -538,7 +496,7 @@ def draw(lines, cfg, path):
 
 def write_text(run, cfg):
     """Continue the prompt and print what comes."""
-    ids = encode(run.enc, cfg.prompt) if cfg.prompt else [run.enc.eot_token]
+    ids = prepare_data.encode(run.enc, cfg.prompt) if cfg.prompt else [run.enc.eot_token]
     generator = torch.Generator(run.machine.device).manual_seed(cfg.seed)
     with run.machine.autocast():
         out = run.model.generate(
@@ -550,7 +508,7 @@ def write_text(run, cfg):
 
 
 def main(argv):
-    cfg = SampleConfig(**parse_flags([SampleConfig], argv, __doc__))
+    cfg = SampleConfig(**prepare_data.parse_flags([SampleConfig], argv, __doc__))
     machine = Machine(cfg.device, cfg.dtype)
     if len({Path(folder).resolve() for folder in cfg.runs}) < len(cfg.runs):
         raise UsageError(f"a run is named twice in {' '.join(cfg.runs)}")
@@ -578,4 +536,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    prepare_data.run_main(main)

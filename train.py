@@ -34,18 +34,8 @@ from tqdm import tqdm
 
 import prepare_data
 from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag
-from prepare_data import (
-    TASKS,
-    check_room,
-    draw_task,
-    load_data,
-    parse_flags,
-    plant,
-    run_main,
-    together,
-    write_atomically,
-)
 
+ASKED = ("needle", *prepare_data.TASKS)
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=8, eval_iters=16,
@@ -71,26 +61,16 @@ class TrainConfig:
     init_from: str = flag("", "run whose weights to start from, with a new schedule (stage two)")
     resume: bool = flag(False, "go on with out_dir, or the newest run, where it stopped")
     batch_size: int = flag(32, "rows of a micro-batch, per process", least=1)
-    gradient_accumulation_steps: int = flag(
-        1, "micro-batches of a step, over all processes together", least=1
-    )
+    gradient_accumulation_steps: int = flag(1, "micro-batches of a step, of all ranks", least=1)
     max_iters: int = flag(1000, "optimiser steps", least=1)
-    needle_frac: float = flag(
-        0.8, "share of rows with planted facts and questions", least=0, most=1
-    )
-    tasks: str = flag(
-        "needle", "what they ask: needle," + ",".join(TASKS), each=("needle", *TASKS)
-    )
+    needle_frac: float = flag(0.8, "share of rows with facts and questions", least=0, most=1)
+    tasks: str = flag("needle", "what they ask: " + ",".join(ASKED), each=ASKED)
     needles: int = flag(4, "needle: facts planted in such a row", least=1)
     needle_questions: int = flag(0, "needle: facts asked for at the row's end; 0: all", least=0)
     needle_digits: int = flag(7, "needle: length of the number that each fact states", least=1)
-    long_rows: int = flag(
-        0, "tokens of a row in the long steps of a second stage; 0: there are none", least=0
-    )
+    long_rows: int = flag(0, "tokens of a row in a second stage's long steps; 0: none", least=0)
     long_frac: float = flag(0.5, "share of steps that are long, interleaved", least=0, most=1)
-    optimizer: str = flag(
-        "muon", "for the hidden matrices; AdamW has the rest", choices=("muon", "adamw")
-    )
+    optimizer: str = flag("muon", "for the hidden matrices", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "peak learning rate", above=0)
     min_lr: float = flag(0.0, "learning rate at the end; 0: a tenth of the peak", least=0)
     warmup_iters: int = flag(30, "steps of linear warm-up", least=0)
@@ -116,9 +96,8 @@ class TrainConfig:
         if self.tasks != "needle" and not self.needle_frac:
             raise UsageError(f"--tasks={self.tasks} plants nothing: add --needle_frac=0.2, or so")
         if self.needle_questions > self.needles:
-            raise UsageError(
-                f"--needle_questions={self.needle_questions}: above --needles={self.needles}"
-            )
+            raise UsageError(f"--needle_questions={self.needle_questions}: above "
+                             f"--needles={self.needles}")
 
     def asking(self):
         """What draw_task wants to know: the names of the tasks, and the sizes of `needle`."""
@@ -127,10 +106,8 @@ class TrainConfig:
 
 
 # What may differ when a run is resumed: none of it changes what the next step computes.
-RESUMABLE = {
-    "resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
-    "log_interval",
-}  # fmt: skip
+RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
+             "log_interval"}
 
 
 class Machine:
@@ -139,6 +116,7 @@ class Machine:
     def __init__(self, device="auto", dtype="auto"):
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
+        self.main = self.rank == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
             device = "mps" if torch.backends.mps.is_available() else device
@@ -154,18 +132,11 @@ class Machine:
             torch.set_float32_matmul_precision("high")
             self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
+        self.name = torch.cuda.get_device_name(self.device) if self.cuda else self.device.type
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
         half = dtype == "bfloat16" or (dtype == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if half else torch.float32
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-    @property
-    def name(self):
-        return torch.cuda.get_device_name(self.device) if self.cuda else self.device.type
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -183,9 +154,11 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
-    def sync(self):
+    def clock(self):
+        """Seconds, told once the device has done all that was asked of it."""
         if self.cuda:
             torch.cuda.synchronize()
+        return time.perf_counter()
 
     def peak_flops(self):
         """Dense bf16 FLOP/s of all devices together, or None where the device is not known."""
@@ -210,8 +183,7 @@ def settle(given, base=None):
     return cfg, replace(base, **model) if base else ModelConfig(**model)
 
 
-# ---------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches ------------------------------------------------------------------------------------
 
 
 def step_shape(step, cfg, T):
@@ -233,8 +205,8 @@ def make_batch(data, cfg, T, step, micro):
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
-            tasks = [draw_task(data.enc, rng, *cfg.asking(), T) for _ in range(n)]
-            rows[r] = plant(rows[r], together(tasks), rng).row
+            tasks = [prepare_data.draw_task(data.enc, rng, *cfg.asking(), T) for _ in range(n)]
+            rows[r] = prepare_data.plant(rows[r], prepare_data.together(tasks), rng).row
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -253,18 +225,16 @@ def evaluate(model, data, cfg, T, machine):
     rows = min(cfg.eval_iters * cfg.batch_size, max(1, len(data.val) // T))
     starts = np.linspace(0, len(data.val) - T - 1, rows).astype(int)[machine.rank :: machine.world]
     total = torch.zeros(2, device=machine.device)
-    for some in np.array_split(starts, -(-len(starts) // cfg.batch_size) or 1):
-        if len(some):
-            rows = data.rows(data.val, some, T + 1)
-            with machine.autocast():
-                loss = model(*machine.put(rows[:, :-1], rows[:, 1:]))[1]
-            total += torch.stack((loss, torch.ones_like(loss))) * len(some)
+    for i in range(0, len(starts), cfg.batch_size):
+        rows = data.rows(data.val, starts[i : i + cfg.batch_size], T + 1)
+        with machine.autocast():
+            loss = model(*machine.put(rows[:, :-1], rows[:, 1:]))[1]
+        total += torch.stack((loss, torch.ones_like(loss))) * len(rows)
     loss, n = machine.total(total).tolist()
     return loss / n
 
 
-# ---------------------------------------------------------------------------------------------
-# Optimisation
+# ---- Optimisation -------------------------------------------------------------------------------
 
 
 class BatchedMuon(torch.optim.Muon):
@@ -309,21 +279,15 @@ def make_optimizers(model, cfg):
 
     One learning rate serves all of them.
     """
+    lr, decay, betas = cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2)
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    groups = [
-        dict(params=[model.wte.weight], weight_decay=cfg.weight_decay),
-        dict(params=rest, weight_decay=0.0),
-    ]
-    optimizers = []
-    if cfg.optimizer == "muon":
-        optimizers.append(BatchedMuon(hidden, cfg.learning_rate, cfg.weight_decay))
-    else:
-        groups.append(dict(params=hidden, weight_decay=cfg.weight_decay))
+    groups = [dict(params=[model.wte.weight], weight_decay=decay),
+              dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0)]
+    if cfg.optimizer == "adamw":
+        groups.append(dict(params=hidden, weight_decay=decay))
     fused = model.wte.weight.device.type in ("cuda", "cpu")
-    betas = cfg.beta1, cfg.beta2
-    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    return [BatchedMuon(hidden, lr, decay), adamw] if cfg.optimizer == "muon" else [adamw]
 
 
 def compile_model(model, cfg, machine):
@@ -365,8 +329,7 @@ def optimise(model, optimizers, batches, lr, cfg, machine):
     return loss
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs: what is kept of them
+# ---- Runs: what is kept of them -----------------------------------------------------------------
 
 
 def save_checkpoint(folder, model, optimizers, cfg, meta, step, best):
@@ -374,21 +337,17 @@ def save_checkpoint(folder, model, optimizers, cfg, meta, step, best):
 
     meta: what meta.json says of the text that the run was trained on.
     """
-    state = dict(
-        step=step, best_val_loss=best, model_config=asdict(model.config), train_config=asdict(cfg),
-        model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-        rng=torch.get_rng_state(), meta=meta,
-    )  # fmt: skip
+    state = dict(step=step, best_val_loss=best, model_config=asdict(model.config),
+                 train_config=asdict(cfg), model=model.state_dict(), meta=meta,
+                 optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
     beside = folder / "ckpt.pt.tmp"
     try:
         torch.save(state, beside)
         os.replace(beside, folder / "ckpt.pt")
     except (OSError, RuntimeError) as e:
         beside.unlink(missing_ok=True)
-        raise UsageError(
-            f"could not write {folder / 'ckpt.pt'} ({str(e).splitlines()[0]}): make room and "
-            f"use --resume; the checkpoint before is intact"
-        ) from None
+        raise UsageError(f"could not write {folder / 'ckpt.pt'} ({str(e).splitlines()[0]}): make "
+                         "room and use --resume; the checkpoint before is intact") from None
 
 
 def newest_run(root="out"):
@@ -414,9 +373,8 @@ def load_checkpoint(folder):
             raise KeyError
     except Exception as e:  # torch.load raises many kinds; each means the same to the user
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
-        raise UsageError(
-            f"{path} is not a checkpoint of this version of train.py, or is damaged ({why})"
-        ) from None
+        raise UsageError(f"{path} is not a checkpoint of this version of train.py, or is damaged "
+                         f"({why})") from None
     return state
 
 
@@ -424,10 +382,9 @@ def load_weights(model, state, source):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
-        raise UsageError(
-            f"the weights of {source} do not fit: only flags that change no shape, such as "
-            "--block_size, --window, --rope_theta or --log_scale, may differ"
-        ) from None
+        raise UsageError(f"the weights of {source} do not fit: only flags that change no shape, "
+                         "such as --block_size, --window, --rope_theta or --log_scale, may differ"
+                         ) from None
 
 
 def load_run(folder, device="cpu", **override):
@@ -458,11 +415,9 @@ def describe(cfg, model, machine):
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = ""
-    return dict(
-        train=asdict(cfg), model=asdict(model.config), parameters=model.num_params(),
-        layers=model.plan(), command=" ".join(sys.argv), git=revision or None,
-        device=machine.name, processes=machine.world, torch=torch.__version__,
-    )  # fmt: skip
+    return dict(train=asdict(cfg), model=asdict(model.config), parameters=model.num_params(),
+                layers=model.plan(), command=" ".join(sys.argv), git=revision or None,
+                device=machine.name, processes=machine.world, torch=torch.__version__)
 
 
 class Log:
@@ -477,9 +432,8 @@ class Log:
             old = path.read_text().splitlines() if step and path.exists() else []
             # Steps after the checkpoint will be done again: their lines would come twice.
             # The last line of a run that was cut off may be half a line.
-            whole = [line for line in old if line.endswith("}")]
-            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(kept))
+            kept = (x for x in old if x.endswith("}") and json.loads(x)["step"] <= step)
+            prepare_data.write_atomically(path, "".join(x + "\n" for x in kept))
 
     def write(self, text, passing=False, **record):
         """Show text; a passing one only every few seconds. A record goes to log.jsonl, always."""
@@ -509,13 +463,11 @@ class Log:
         self.write(text, passing=True, step=step, loss=loss, lr=lr, tokens_per_second=rate)
 
     def validation(self, step, loss, bits):
-        text = f"step {step:5d}/{self.cfg.max_iters} | val loss {loss:.4f}"
-        text += f" | {bits:.4f} bits per byte"
-        self.write(text, step=step, val_loss=loss, bits_per_byte=bits)
+        text = f"step {step:5d}/{self.cfg.max_iters} | val loss {loss:.4f} | "
+        self.write(text + f"{bits:.4f} bits per byte", step=step, val_loss=loss, bits_per_byte=bits)
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop -----------------------------------------------------------------------------------
 
 
 def open_dataset(cfg, T):
@@ -525,7 +477,7 @@ def open_dataset(cfg, T):
         prepare_data.prepare(prepare_data.DataConfig(data_dir=cfg.data_dir))
     if dist.is_initialized():
         dist.barrier()
-    data = load_data(folder)
+    data = prepare_data.load_data(folder)
     longest = f"--long_rows={cfg.long_rows}" if cfg.long_rows > T else f"--block_size={T}"
     for name, split, least in (("train", data.train, max(T, cfg.long_rows)), ("val", data.val, T)):
         if len(split) < least + 2:
@@ -542,54 +494,46 @@ def begin(given):
     state = load_checkpoint(source) if source else None
     if resumed:
         if state["unsaid"]:
-            raise UsageError(
-                f"{resumed} does not say {', '.join(state['unsaid'])}: another version of train.py "
-                "made it. Start a second stage from it, with --init_from"
-            )
+            raise UsageError(f"{resumed} does not say {', '.join(state['unsaid'])}: another "
+                             "version of train.py made it. Start a second stage from it, with "
+                             "--init_from")
         cfg, model_cfg = replace(state["train_config"], out_dir=resumed), state["model_config"]
         saved = asdict(cfg) | asdict(model_cfg)
         for name, value in given.items():
             if name not in RESUMABLE and saved[name] != value:
-                raise UsageError(
-                    f"--{name}={value} contradicts {resumed}, made with {saved[name]!r}: drop it, "
-                    f"or start a second stage with --init_from={resumed}"
-                )
+                raise UsageError(f"--{name}={value} contradicts {resumed}, made with "
+                                 f"{saved[name]!r}: drop it, or start a second stage with "
+                                 f"--init_from={resumed}")
         cfg = replace(cfg, **{k: v for k, v in given.items() if k in RESUMABLE - {"resume"}})
     else:
         if state:  # a second stage goes on with the same text and task, unless told otherwise
             first = asdict(state["train_config"])
             if given.get("preset", first["preset"]) != first["preset"]:
                 raise UsageError(f"--preset: {source} is {first['preset']} and stays so")
-            kept = (
-                "preset dataset data_dir needle_frac tasks needles needle_digits needle_questions"
-            )
-            given = {k: first[k] for k in kept.split()} | given
+            kept = ("preset", "dataset", "data_dir", "tasks")
+            given = {k: v for k, v in first.items() if k in kept or k[:6] == "needle"} | given
         cfg, model_cfg = settle(given, state and state["model_config"])
     machine = Machine(cfg.device, cfg.dtype)
     T = model_cfg.block_size
     if cfg.long_rows and (cfg.long_rows % T or cfg.batch_size * T % cfg.long_rows):
-        raise UsageError(
-            f"--long_rows={cfg.long_rows}: it must be a multiple of the {T} tokens of a short row, "
-            f"and divide the {cfg.batch_size * T} of a micro-batch"
-        )
+        raise UsageError(f"--long_rows={cfg.long_rows}: it must be a multiple of the {T} tokens of "
+                         f"a short row, and divide the {cfg.batch_size * T} of a micro-batch")
     data = open_dataset(cfg, T)
     if cfg.needle_frac:
-        check_room(data.enc, *cfg.asking(), T)
+        prepare_data.check_room(data.enc, *cfg.asking(), T)
     if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
         model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:
-        raise UsageError(
-            f"{data.folder} has {data.meta['vocab_size']} token ids, the model only "
-            f"{model_cfg.vocab_size}: use the text the run was trained on, or drop --vocab_size"
-        )
+        raise UsageError(f"{data.folder} has {data.meta['vocab_size']} token ids, the model only "
+                         f"{model_cfg.vocab_size}: use the text the run was trained on, or drop "
+                         "--vocab_size")
     for key in ("train_sha256",) if resumed else ("tokenizer", "ranks"):
         if state and data.meta.get(key) != state["meta"].get(key):
             raise UsageError(f"{data.folder} is not the text, or tokens, that {source} learnt from")
     if cfg.gradient_accumulation_steps % machine.world:
-        raise UsageError(
-            f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps} micro-batches cannot "
-            f"be shared by {machine.world} processes: use a multiple of {machine.world}"
-        )
+        steps, n = cfg.gradient_accumulation_steps, machine.world
+        raise UsageError(f"--gradient_accumulation_steps={steps} micro-batches cannot be shared by "
+                         f"{n} processes: use a multiple of {n}")
     if not resumed:
         out_dir = str(choose_out_dir(cfg, model_cfg.pattern))
         cfg = replace(cfg, out_dir=out_dir, dtype=str(machine.dtype)[6:])
@@ -613,14 +557,11 @@ def train(given):
         folder.mkdir(parents=True, exist_ok=True)
         if not step:
             about = json.dumps(describe(cfg, model, machine), indent=2)
-            write_atomically(folder / "config.json", about)
-        print(
-            f"{folder}: preset {cfg.preset}, scale {cfg.scale}, {model.num_params() / 1e6:.2f}M "
-            f"parameters, {machine.world} x {machine.name} in {str(machine.dtype)[6:]}, "
-            f"{cfg.optimizer}, text {data.folder}\nlayers  {model.plan()}"
-            + (f"\nresumed at step {step}" if step else ""),
-            flush=True,
-        )
+            prepare_data.write_atomically(folder / "config.json", about)
+        print(f"{folder}: preset {cfg.preset}, scale {cfg.scale}, {model.num_params() / 1e6:.2f}M "
+              f"parameters, {machine.world} x {machine.name} in {str(machine.dtype)[6:]}, "
+              f"{cfg.optimizer}, text {data.folder}\nlayers  {model.plan()}"
+              + (f"\nresumed at step {step}" if step else ""), flush=True)
     compiled = compile_model(model, cfg, machine)
     if machine.world > 1:
         ids = [machine.device.index] if machine.cuda else None
@@ -652,7 +593,7 @@ def train(given):
             step, done = step + 1, done + 1
             log.bar.update()
             if micros[0][0].shape not in shapes:
-                machine.sync()  # the first step of a shape compiles: it is timed apart
+                machine.clock()  # the first step of a shape compiles: it is timed apart
                 length = micros[0][0].size(1)
                 log.write(f"first step of {length}-token rows took {time.time() - start:.1f} s")
                 shapes.add(micros[0][0].shape)
@@ -679,10 +620,9 @@ def train(given):
         gone = r"onnection|closed by peer|[Tt]imed? ?out|NCCL"
         if machine.world == 1 or not re.search(gone, str(e)):
             raise
-        raise UsageError(
-            f"rank {machine.rank} lost another process at step {step} ({str(e).splitlines()[0]}): "
-            f"see what that one said, then --resume --out_dir={folder}"
-        ) from None
+        raise UsageError(f"rank {machine.rank} lost another process at step {step} "
+                         f"({str(e).splitlines()[0]}): see what that one said, then --resume "
+                         f"--out_dir={folder}") from None
     finally:
         batches.close()
         log.bar.close()
@@ -702,10 +642,8 @@ def train(given):
 
 def check_finite(loss, step, folder):
     if not math.isfinite(loss):
-        raise UsageError(
-            f"the loss is {loss} at step {step}: {folder} keeps the last good checkpoint, if there "
-            "was one; start again with a lower --learning_rate"
-        )
+        raise UsageError(f"the loss is {loss} at step {step}: {folder} keeps the last good "
+                         "checkpoint, if there was one; start again with a lower --learning_rate")
 
 
 def bench(given):
@@ -754,7 +692,7 @@ def bench(given):
         about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         text = json.dumps(about | dict(rows=found), indent=1)
-        write_atomically(Path(cfg.out_dir) / "bench.json", text)
+        prepare_data.write_atomically(Path(cfg.out_dir) / "bench.json", text)
 
 
 def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
@@ -767,11 +705,9 @@ def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
     tokens = np.random.default_rng(0).integers(0, model_cfg.vocab_size, shape)
     batch, times = [machine.put(tokens[:, :-1], tokens[:, 1:])], []
     while len(times) < 5 or sum(times[2:]) < seconds:
-        machine.sync()
-        began = time.perf_counter()
+        began = machine.clock()
         optimise(compiled, optimizers, batch, cfg.learning_rate, cfg, machine)
-        machine.sync()
-        times.append(time.perf_counter() - began)
+        times.append(machine.clock() - began)
         if len(times) == 2 and machine.cuda:
             torch.cuda.reset_peak_memory_stats()
     step = float(np.median(times[2:]))  # the first two compile and fill the allocator
@@ -785,11 +721,11 @@ def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
 
 def main(argv):
     described = "\n".join(f"  --scale={k}: {v or 'the defaults above'}" for k, v in SCALES.items())
-    given = parse_flags([TrainConfig, ModelConfig], argv, __doc__, epilog=described)
+    given = prepare_data.parse_flags([TrainConfig, ModelConfig], argv, __doc__, epilog=described)
     if given.get("bench"):
         return bench(given)
     return train(given)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    prepare_data.run_main(main)
