@@ -526,8 +526,8 @@ class GPT(nn.Module):
         """idx (B, T) int64 at positions start .. -> the normalised last hidden states (B, T, d).
 
         start: an int; or, for a single token after those in the caches, a tensor (1,).
-        last: of the last so many positions only, (B, last, d). Nothing else is asked of the last
-        layer then, and where that one sees everything, it is half of a long row's work.
+        last: of the last so many positions only, (B, last, d). The last layer computes no others:
+        in SSSNSSSN, that saves half of a long row's attention.
         """
         rotations, scale = self.positions(idx.size(1), start)
         x = self.wte(idx).to(self.dtype)

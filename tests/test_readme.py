@@ -61,6 +61,20 @@ def test_a_command_of_the_readme_is_understood(command):
         prepare_data.check_config(DataConfig(**given))
 
 
+USAGE = re.findall(r"^ {4}python (train\.py.*?)(?: +#.*)?$", train.__doc__, re.M)
+
+
+@pytest.mark.parametrize(
+    "command", [*USAGE, *(c for c in COMMANDS if c.startswith("python train.py"))]
+)
+def test_the_flags_of_a_training_command_fit_the_scale_of_a_gpu(command):
+    given = parse_flags(CONFIGS["train.py"], script_and_flags(command)[1])
+    base = ModelConfig() if "init_from" in given else None
+    given["preset"] = given.get("preset", given.get("bench", "rnope-swa").split(",")[0])
+    cfg, model = train.settle(given | dict(scale="gpu"), base)
+    assert cfg.scale == "gpu" and model.block_size == 1024
+
+
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith(("python train.py", "python sample.py"))]
 )
