@@ -378,7 +378,8 @@ def attention_table(lines):
     """One row a run, kind of layer and length: the paper's segments, and the entropy."""
     rows = []
     for label, runs in lines.items():
-        for letters in kinds_of(runs[0]):
+        kinds = kinds_of(runs[0])
+        for letters in [*kinds, "".join(kinds)] if len(kinds) > 1 else kinds:  # then all together
             for m in runs[0].found["attention"]:
                 row = [label, letters, f"{int(m) * runs[0].T:,}"]
                 for name in (*SEGMENTS, "entropy"):
@@ -402,9 +403,8 @@ def ruler_table(lines):
 
 
 def kinds_of(run):
-    """The kinds of layer a run has, and all of them together: ["N", "S", "NS"]."""
-    kinds = sorted(set(run.model.config.layers))
-    return [*kinds, "".join(kinds)] if len(kinds) > 1 else kinds
+    """The kinds of layer a run has: ["N", "S"]."""
+    return sorted(set(run.model.config.layers))
 
 
 def attention_of(run, m, letters, name):
