@@ -381,7 +381,7 @@ def attention_table(lines):
         kinds = kinds_of(runs[0])
         for letters in [*kinds, "".join(kinds)] if len(kinds) > 1 else kinds:  # then all together
             for m in runs[0].found["attention"]:
-                row = [label, letters, f"{int(m) * runs[0].T:,}"]
+                row = [label, letters if letters in kinds else "all", f"{int(m) * runs[0].T:,}"]
                 for name in (*SEGMENTS, "entropy"):
                     found = [attention_of(run, m, letters, name) for run in runs]
                     row.append(spread(found, "{:.2f}" if name == "entropy" else "{:.4f}"))

@@ -2,7 +2,7 @@
 
     python train.py                                      # RNoPE-SWA on the default text
     python train.py --preset=rope                        # the baseline, everything else equal
-    python train.py --init_from=out/rnope-swa --long_rows=8192  # the paper's second stage
+    python train.py --init_from=out/rnope-swa --long_rows=8192  # the paper's second stage, on a GPU
     torchrun --standalone --nproc_per_node=8 train.py --gradient_accumulation_steps=8
     python train.py --bench=rope,rnope-swa --bench_lengths=1024,8192  # speed, nothing is trained
 
@@ -33,14 +33,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare_data
-from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag
+from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag, path_taken
 
 ASKED = ("needle", *prepare_data.TASKS)
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32, batch_size=8, eval_iters=16,
-        max_iters=1500, warmup_iters=60, optimizer="adamw", learning_rate=3e-3,
-        needle_frac=0.0,
+        max_iters=1500, warmup_iters=60, learning_rate=4e-3, needles=1, needle_digits=2,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25M parameters
 }  # fmt: skip
@@ -520,6 +519,7 @@ def begin(given):
         cfg, model_cfg = settle(given, state and state["model_config"])
     machine = Machine(cfg.device, cfg.dtype)
     T = model_cfg.block_size
+    path_taken(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
     data = open_dataset(cfg, T)
     if cfg.needle_frac:
         prepare_data.check_room(data.enc, *cfg.asking(), T)
@@ -639,6 +639,8 @@ def train(given):
         # Gloo's threads may need the GIL to let go of the last tensors, and freeing the DDP model
         # waits for them with the GIL held: some runs never ended (pytorch/pytorch#56297).
         time.sleep(0.5)
+    if step < cfg.max_iters:
+        sys.exit(128 + (stopped or [signal.SIGTERM])[0])  # `train && sample` is not to go on
     return folder
 
 

@@ -62,7 +62,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data_dir, tmp_pa
         time.sleep(0.02)
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and not err
+    assert run.returncode == 128 + number and not err
     step = load_checkpoint(tmp_path / "run")["step"]
     assert f"stopped at step {step}" in out and "--resume --out_dir=" in out
 

@@ -337,7 +337,7 @@ def test_attention_of_a_model_that_looks_everywhere_alike_is_the_share_of_the_to
 def test_the_attention_table_has_a_line_for_each_kind_of_layer(own_run, capsys):
     ask(own_run, "--probe=attention", "--factor=4")
     rows = table_rows(capsys.readouterr().out, "where the answer's queries look")["own"]
-    assert [row[:2] for row in rows] == [[k, t] for k in ("N", "S", "NS") for t in ("64", "256")]
+    assert [row[:2] for row in rows] == [[k, t] for k in ("N", "S", "all") for t in ("64", "256")]
     found = numbers(own_run)["attention"]["4"]["layers"]
     assert rows[1][2:] == [f"{found[3][s]:.4f}" for s in sample.SEGMENTS] + [
         f"{found[3]['entropy']:.2f}"

@@ -490,6 +490,12 @@ def test_a_run_of_another_version_is_not_resumed_but_may_be_built_upon(fit, tiny
     fit(tmp_path / "two", f"--init_from={folder}", "--max_iters=1")
 
 
+def test_a_path_that_the_device_lacks_is_refused_before_a_folder_is_made(fit, tmp_path):
+    with pytest.raises(UsageError, match="--attention=flash needs CUDA"):
+        fit(tmp_path / "run", "--attention=flash")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flag", ["--long_rows=100", "--long_rows=192", "--long_rows=1048576"])
 def test_long_rows_that_do_not_fill_a_batch_are_refused(fit, tmp_path, flag):
     with pytest.raises(UsageError, match="multiple of the 64 tokens"):
