@@ -40,6 +40,17 @@ from model import GPT, UsageError, check_ranges, flag, sample_token, visible
 from prepare_data import HAYSTACKS, TASKS, draw_task
 from train import RESUMABLE, Machine, TrainConfig, load_run, newest_run
 
+TITLES = {  # probe: (numbers shown and their formats, title)
+    "loss": ({"bits_per_byte": "{:.3f}", "perplexity": "{:.3g}"},
+             "bits per byte of the last T/4 tokens (perplexity per token)"),
+    "needle": ({"accuracy": "{:.3f}"}, "questions answered exactly"),
+    "ruler": ({"retrieval": "{:.3f}"}, "right answers, average over the retrieval tasks"),
+    "attention": ({"needle": "{:.4f}"}, "attention on the fact asked for, of the answer's queries"),
+    "cost": ({"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
+              "kv_mb": "{:,.1f}"},
+             "decoded tokens per second (prefilled tokens per second, MB of KV cache)"),
+}
+
 
 @dataclass
 class SampleConfig:
@@ -50,8 +61,7 @@ class SampleConfig:
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
     top_p: float = flag(1.0, "sample among the fewest tokens of this probability", above=0, most=1)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
-    probe: str = flag("loss,needle", "what to measure, of loss,needle,ruler,attention,cost",
-                      each=("loss", "needle", "ruler", "attention", "cost"))
+    probe: str = flag("loss,needle", "what to measure, of " + ",".join(TITLES), each=TITLES)
     tasks: str = flag(",".join(TASKS), "what the ruler probe asks", each=TASKS)
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
@@ -259,7 +269,8 @@ def probe_attention(run, length, _depth=None):
         for hook in hooks:
             hook.remove()
     names, found = (*SEGMENTS, "entropy"), (x.tolist() for x in sums.values())
-    return dict(layers=[dict(zip(names, x, strict=False), letter=attn.letter, curve=x[5:])
+    return dict(layers=[dict(zip(names, x, strict=False), letter=attn.letter,
+                             curve=x[len(names) :])
                         for attn, x in zip(attns, found, strict=True)])
 
 
@@ -341,18 +352,6 @@ def lines_of(runs):
     return lines
 
 
-TITLES = {  # probe: (numbers shown and their formats, title)
-    "loss": ({"bits_per_byte": "{:.3f}", "perplexity": "{:.3g}"},
-             "bits per byte of the last T/4 tokens (perplexity per token)"),
-    "needle": ({"accuracy": "{:.3f}"}, "questions answered exactly"),
-    "ruler": ({"retrieval": "{:.3f}"}, "right answers, average over the retrieval tasks"),
-    "attention": ({"needle": "{:.4f}"}, "attention on the fact asked for, of the answer's queries"),
-    "cost": ({"decode_tokens_per_second": "{:,.0f}", "prefill_tokens_per_second": "{:,.0f}",
-              "kv_mb": "{:,.1f}"},
-             "decoded tokens per second (prefilled tokens per second, MB of KV cache)"),
-}
-
-
 def markdown(title, head, rows):
     """A table in Markdown. rows: lists of cells, the first of them the row's name."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -378,10 +377,12 @@ def attention_table(lines):
     """One row a run, kind of layer and length: the paper's segments, and the entropy."""
     rows = []
     for label, runs in lines.items():
-        kinds = kinds_of(runs[0])
-        for letters in [*kinds, "".join(kinds)] if len(kinds) > 1 else kinds:  # then all together
+        kinds = {kind: kind for kind in kinds_of(runs[0])}
+        if len(kinds) > 1:
+            kinds["all"] = "".join(kinds)
+        for kind, letters in kinds.items():
             for m in runs[0].found["attention"]:
-                row = [label, letters if letters in kinds else "all", f"{int(m) * runs[0].T:,}"]
+                row = [label, kind, f"{int(m) * runs[0].T:,}"]
                 for name in (*SEGMENTS, "entropy"):
                     found = [attention_of(run, m, letters, name) for run in runs]
                     row.append(spread(found, "{:.2f}" if name == "entropy" else "{:.4f}"))
@@ -453,10 +454,8 @@ def draw(lines, cfg, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    probes = [p for p in cfg.probe.split(",") if p in TITLES]
-    places = ["attention"] if "attention" in probes else []  # by position: an axis of its own
-    maps = list(lines.items()) if cfg.heatmap else []
-    n = len(probes) + len(places) + len(maps)
+    probes, maps = cfg.probe.split(","), list(lines.items()) if cfg.heatmap else []
+    n = len(probes) + ("attention" in probes) + len(maps)
     figure, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), squeeze=False, layout="constrained")
     axes = iter(axes[0])
     for probe, axis in zip(probes, axes, strict=False):
@@ -473,9 +472,10 @@ def draw(lines, cfg, path):
         axis.set_xticks(x, [f"{v:,}" for v in x], rotation=45, ha="right", fontsize=8)
         axis.set_ylim(bottom=0, top=1.05 if probe in ("needle", "ruler") else None)
         plain(axis, xlabel="context, tokens", title=TITLES[probe][1].split(" (")[0])
-    for probe, axis in zip(places, axes, strict=False):
+    if "attention" in probes:
+        axis = next(axes)
         for label, runs in lines.items():
-            m = list(runs[0].found[probe])[-1]
+            m = list(runs[0].found["attention"])[-1]
             for kind in kinds_of(runs[0]):
                 curve = np.mean([attention_of(run, m, kind, "curve") for run in runs], 0)
                 axis.plot((np.arange(BINS) + 0.5) / BINS, curve, label=f"{label}, layers {kind}")

@@ -204,12 +204,12 @@ def make_batch(data, cfg, T, step, micro):
     tokens that ask for retrieval is the same at every length. A pure function of (cfg.seed, step,
     micro), whoever asks and whenever.
     """
-    rng = np.random.default_rng((cfg.seed, step, micro))
+    rng, asking = np.random.default_rng((cfg.seed, step, micro)), cfg.asking()
     count, length = step_shape(step, cfg, T)
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
-            tasks = [prepare_data.draw_task(data.enc, rng, *cfg.asking(), T) for _ in range(n)]
+            tasks = [prepare_data.draw_task(data.enc, rng, *asking, T) for _ in range(n)]
             rows[r] = prepare_data.plant(rows[r], prepare_data.together(tasks), rng).row
     return rows[:, :-1], rows[:, 1:]
 
@@ -515,10 +515,11 @@ def begin(given):
             if given.get("preset", first["preset"]) != first["preset"]:
                 raise UsageError(f"--preset: {source} is {first['preset']} and stays so")
             kept = ("preset", "dataset", "data_dir", "tasks")
-            given = {k: v for k, v in first.items() if k in kept or k[:6] == "needle"} | given
+            given = {k: v for k, v in first.items() if k in kept or k.startswith("needle")} | given
         cfg, model_cfg = settle(given, state and state["model_config"])
     machine = Machine(cfg.device, cfg.dtype)
     T = model_cfg.block_size
+    # A path that is not to be had is refused here, before there is a folder.
     path_taken(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
     data = open_dataset(cfg, T)
     if cfg.needle_frac:
