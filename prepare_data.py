@@ -94,7 +94,8 @@ def run_main(main):
         main(sys.argv[1:])
         sys.stdout.flush()
     except UsageError as error:
-        stop(" ".join(str(error).split()))
+        # One of a DataLoader's processes comes as the text of a traceback, which ends in the line.
+        stop(" ".join(str(error).rsplit("UsageError: ", 1)[-1].split()))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(
                 r"out of memory|can't allocate memory", str(error)):
@@ -574,6 +575,9 @@ class Data(NamedTuple):
         if rows.max() >= self.enc.n_vocab:
             raise UsageError(f"{self.folder} holds ids beyond its vocabulary: make it anew")
         return rows
+
+    def __reduce__(self):  # another process opens the files, in place of a copy of their contents
+        return load_data, (self.folder,)
 
 
 def load_data(folder):

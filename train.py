@@ -19,11 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -214,13 +212,30 @@ def make_batch(data, cfg, T, step, micro):
     return rows[:, :-1], rows[:, 1:]
 
 
-def prefetch(make, jobs, ahead=8):
-    """Yield make(*job) for each job in order, made by background threads a few jobs ahead."""
-    with ThreadPoolExecutor(2) as pool:
-        waiting = deque(pool.submit(make, *job) for job in islice(jobs, ahead))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(make, *job) for job in islice(jobs, 1))
+class Batches(torch.utils.data.Dataset):
+    """make_batch as a DataLoader's workers call it: batches[step, micro]."""
+
+    def __init__(self, *args):
+        self.args = args  # (data, cfg, T)
+
+    def __getitem__(self, job):
+        return make_batch(*self.args, *job)
+
+
+def ignore_signals(_worker):
+    """Ctrl-C reaches a whole group of processes; the step that it lets finish needs its batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def prefetch(data, cfg, T, jobs):
+    """Yield make_batch's of each job, (step, micro), in order; two processes work ahead.
+
+    Threads would hold the interpreter's lock, which the loop needs to launch a step's kernels.
+    """
+    return iter(torch.utils.data.DataLoader(
+        Batches(data, cfg, T), batch_size=None, sampler=jobs, collate_fn=tuple, num_workers=2,
+        prefetch_factor=4, worker_init_fn=ignore_signals, generator=torch.Generator()))
 
 
 @torch.no_grad()
@@ -571,8 +586,6 @@ def train(given):
         compiled = DistributedDataParallel(compiled, device_ids=ids)
 
     mine = range(machine.rank, cfg.gradient_accumulation_steps, machine.world)  # micro-batches
-    jobs = ((data, cfg, T, s, m) for s in range(step, cfg.max_iters) for m in mine)
-    batches = prefetch(make_batch, jobs)
     tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps  # of a step
     tokens_per_byte = data.meta["val_tokens"] / data.meta["val_bytes"]
     long = cfg.long_frac if cfg.long_rows else 0
@@ -588,6 +601,8 @@ def train(given):
         handlers[number] = signal.signal(number, note)
     began = clock = time.time()
     done, stop, shapes = 0, False, set()  # done: steps since the clock was read
+    jobs = ((s, m) for s in range(step, cfg.max_iters) for m in mine)
+    batches = prefetch(data, cfg, T, jobs)
     try:
         while step < cfg.max_iters and not stop:
             start, lr = time.time(), learning_rate(step, cfg)
@@ -627,7 +642,7 @@ def train(given):
                          f"({str(e).splitlines()[0]}): see what that one said, then --resume "
                          f"--out_dir={folder}") from None
     finally:
-        batches.close()
+        batches._shutdown_workers()  # by hand: a traceback may hold it until Python waits for them
         log.bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -120,6 +120,7 @@ def ends_in_one_line(script, main, argv, told, monkeypatch, capfd):
     err = capfd.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert len(err) == 1 and err[0].startswith(script) and told in err[0], err
+    assert "Traceback" not in err[0]
 
 
 def everything_in(folder):

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, TINY
@@ -23,6 +25,7 @@ def start(data_dir, folder, *flags, **env):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", **env),
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -46,8 +49,7 @@ def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(data_dir, tm
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
         run.kill()
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL  # it was alive until then
+        assert run.wait(60) == -signal.SIGKILL  # it was alive until then
     assert start(data_dir, killed, *flags, "--resume").wait(120) == 0
     assert losses(killed) == losses(whole)
     a, b = load_checkpoint(whole)["model"], load_checkpoint(killed)["model"]
@@ -60,11 +62,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data_dir, tmp_pa
     while not (tmp_path / "run" / "ckpt.pt").exists():
         assert run.poll() is None
         time.sleep(0.02)
-    run.send_signal(number)
+    os.killpg(run.pid, number)  # the processes that make batches get it, too, as from a terminal
     out, err = run.communicate(timeout=60)
     assert run.returncode == 128 + number and not err
     step = load_checkpoint(tmp_path / "run")["step"]
     assert f"stopped at step {step}" in out and "--resume --out_dir=" in out
+
+
+def test_a_batch_that_cannot_be_made_ends_the_run_and_its_processes(data_dir, tmp_path):
+    shutil.copytree(data_dir / "tiny", tmp_path / "tiny")
+    ids = np.memmap(tmp_path / "tiny" / "train.bin", "uint16", "r+")
+    ids[:] = 60000
+    run = start(tmp_path, tmp_path / "run")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and "ids beyond its vocabulary" in err
 
 
 def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path):
@@ -79,7 +90,7 @@ def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path)
         time.sleep(0.02)
     ranks[1].kill()
     _, err = ranks[0].communicate(timeout=60)
-    ranks[1].communicate()
+    ranks[1].wait(60)
     assert ranks[0].returncode == 2
     assert "train.py: rank 0 lost another process" in err and "Traceback" not in err
     load_checkpoint(tmp_path / "run")

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -78,6 +79,20 @@ def test_a_batch_is_a_pure_function_of_seed_step_and_micro_batch(data, needle_fr
     assert np.array_equal(make_batch(data, cfg, 64, 3, 1)[0], x)
     for other, step, micro in [(cfg, 4, 1), (cfg, 3, 2), (replace(cfg, seed=1), 3, 1)]:
         assert not np.array_equal(make_batch(data, other, 64, step, micro)[0], x)
+
+
+def test_other_processes_open_the_text_and_are_not_sent_it(data):
+    sent = pickle.dumps(data)
+    assert len(sent) < 500
+    opened = pickle.loads(sent)
+    assert np.array_equal(opened.train, data.train) and opened.meta == data.meta
+
+
+def test_batches_made_ahead_come_in_order(data):
+    cfg, jobs = config(batch_size=3), [(step, micro) for step in range(8) for micro in (1, 0)]
+    for job, (x, y) in zip(jobs, train.prefetch(data, cfg, 64, iter(jobs)), strict=True):
+        x_here, y_here = make_batch(data, cfg, 64, *job)
+        assert np.array_equal(x, x_here) and np.array_equal(y, y_here)
 
 
 @pytest.mark.parametrize("needle_frac", [0.0, 1.0])
