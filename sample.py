@@ -456,8 +456,11 @@ def draw(lines, cfg, path):
 
     probes, maps = cfg.probe.split(","), list(lines.items()) if cfg.heatmap else []
     n = len(probes) + ("attention" in probes) + len(maps)
-    figure, axes = plt.subplots(1, n, figsize=(6 * n, 4.2), squeeze=False, layout="constrained")
-    axes = iter(axes[0])
+    columns = min(n, 4)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4.2 * rows), squeeze=False,
+                                layout="constrained")
+    axes = iter(axes.flat)
     for probe, axis in zip(probes, axes, strict=False):
         for label, runs in lines.items():
             x = [int(m) * runs[0].T for m in runs[0].found[probe]]
@@ -482,14 +485,15 @@ def draw(lines, cfg, path):
         axis.set_yscale("log")
         where = f"position in the context, {BINS} parts of it, at {m}x"
         plain(axis, xlabel=where, title="attention by position")
-    for (label, runs), axis in zip(maps, axes, strict=True):
+    for (label, runs), axis in zip(maps, axes, strict=False):
         multiples, grid = heatmap_of(runs)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(multiples)), [f"{m}x" for m in multiples])
         axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
         axis.set(xlabel="context", ylabel="depth of the fact", title=label)
-    if maps:
         figure.colorbar(image, ax=axis, label="retrieved")
+    for axis in axes:
+        axis.set_axis_off()
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
