@@ -569,6 +569,7 @@ def begin(given):
 
 
 def train(given):
+    """Train by these flags. -> (folder of the run, number of the signal that stopped it, or 0)."""
     machine, cfg, data, model, optimizers, step, best = begin(given)
     folder, T = Path(cfg.out_dir), model.config.block_size
     if machine.main:
@@ -655,9 +656,8 @@ def train(given):
         # Gloo's threads may need the GIL to let go of the last tensors, and freeing the DDP model
         # waits for them with the GIL held: some runs never ended (pytorch/pytorch#56297).
         time.sleep(0.5)
-    if step < cfg.max_iters:
-        sys.exit(128 + (stopped or [signal.SIGTERM])[0])  # `train && sample` is not to go on
-    return folder
+    cut = step < cfg.max_iters  # here or, its signal not being told, on another rank
+    return folder, (stopped or [signal.SIGTERM])[0] if cut else 0
 
 
 def check_finite(loss, step, folder):
@@ -744,7 +744,10 @@ def main(argv):
     given = prepare_data.parse_flags([TrainConfig, ModelConfig], argv, __doc__, epilog=described)
     if given.get("bench"):
         return bench(given)
-    return train(given)
+    folder, signalled = train(given)
+    if signalled:
+        sys.exit(128 + signalled)  # as a shell counts it: `train && sample` is not to go on
+    return folder
 
 
 if __name__ == "__main__":
