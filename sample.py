@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 import prepare_data
 from model import GPT, UsageError, check_ranges, flag, sample_token, visible
-from prepare_data import HAYSTACKS, TASKS, draw_task
 from train import RESUMABLE, Machine, TrainConfig, load_run, newest_run
 
 TITLES = {  # probe: (numbers shown and their formats, title)
@@ -62,7 +61,8 @@ class SampleConfig:
     top_p: float = flag(1.0, "sample among the fewest tokens of this probability", above=0, most=1)
     seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
     probe: str = flag("loss,needle", "what to measure, of " + ",".join(TITLES), each=TITLES)
-    tasks: str = flag(",".join(TASKS), "what the ruler probe asks", each=TASKS)
+    tasks: str = flag(",".join(prepare_data.TASKS), "what the ruler probe asks",
+                      each=prepare_data.TASKS)
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
     max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
@@ -135,8 +135,8 @@ class Run:
     def text(self, name):
         """Token ids that rows are cut from: val, or what the name of a haystack says."""
         data = self.data
-        if name in HAYSTACKS:
-            return HAYSTACKS[name](self.enc, 2 * self.T * self.cfg.max_multiple)
+        if name in prepare_data.HAYSTACKS:
+            return prepare_data.HAYSTACKS[name](self.enc, 2 * self.T * self.cfg.max_multiple)
         if not name:
             return data.val
         other = prepare_data.load_data(Path(self.train.data_dir) / name)
@@ -169,7 +169,7 @@ class Run:
         planted = []
         for i, row in enumerate(self.rows(length, haystack)):
             rng = np.random.default_rng((self.cfg.seed, i))
-            drawn = draw_task(self.enc, rng, [task], sizes, self.T, self.cfg.held_out)
+            drawn = prepare_data.draw_task(self.enc, rng, [task], sizes, self.T, self.cfg.held_out)
             planted.append(prepare_data.plant(row, drawn, rng, depth))
         return planted
 
@@ -217,7 +217,7 @@ def probe_ruler(run, length, _depth=None):
     names = run.cfg.tasks.split(",")
     jobs = [(name, name, None) for name in names]
     if "single" in names and not run.cfg.haystack:
-        jobs += [(f"single, {haystack}", "single", haystack) for haystack in HAYSTACKS]
+        jobs += [(f"single, {haystack}", "single", haystack) for haystack in prepare_data.HAYSTACKS]
     found = {label: share_right(run, run.planted(length, task=name, haystack=haystack))
              for label, name, haystack in jobs}
     retrieval = [share for label, share in found.items() if label != "qa"]

@@ -363,7 +363,7 @@ def test_the_planted_facts_depend_on_the_seed_alone(tiny_run, asked):
 
 
 def test_answers_of_different_lengths_are_scored_whole(tiny_run, monkeypatch):
-    real, calls = sample.draw_task, []
+    real, calls = sample.prepare_data.draw_task, []
 
     def draw_task(*args):
         task = real(*args)
@@ -374,7 +374,7 @@ def test_answers_of_different_lengths_are_scored_whole(tiny_run, monkeypatch):
     def five_right(y):
         return torch.cat((y[:, :-5] + 1, y[:, -5:]), 1)
 
-    monkeypatch.setattr(sample, "draw_task", draw_task)
+    monkeypatch.setattr(sample.prepare_data, "draw_task", draw_task)
     answering(monkeypatch, five_right)
     assert sample.probe_needle(opened(tiny_run), T) == dict(accuracy=0.5)
 
