@@ -94,8 +94,7 @@ def run_main(main):
         main(sys.argv[1:])
         sys.stdout.flush()
     except UsageError as error:
-        # One of a DataLoader's processes comes as the text of a traceback, which ends in the line.
-        stop(" ".join(str(error).rsplit("UsageError: ", 1)[-1].split()))
+        stop(" ".join(str(error).split()))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(
                 r"out of memory|can't allocate memory", str(error)):

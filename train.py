@@ -13,6 +13,7 @@ resuming needs no position in the data, and N processes see the batches that one
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -212,30 +213,43 @@ def make_batch(data, cfg, T, step, micro):
     return rows[:, :-1], rows[:, 1:]
 
 
-class Batches(torch.utils.data.Dataset):
-    """make_batch as a DataLoader's workers call it: batches[step, micro]."""
-
-    def __init__(self, *args):
-        self.args = args  # (data, cfg, T)
-
-    def __getitem__(self, job):
-        return make_batch(*self.args, *job)
-
-
-def ignore_signals(_worker):
-    """Ctrl-C reaches a whole group of processes; the step that it lets finish needs its batch."""
+def produce(reader, writer, data, cfg, T, steps, micros):
+    """The process behind prefetch: send the batches, each as soon as the one before is taken."""
+    reader.close()  # then only the loop holds it: should that be gone, sending fails, and ends this
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the loop, whose step needs its batch
+    try:
+        for step in steps:
+            for micro in micros:
+                writer.send(make_batch(data, cfg, T, step, micro))
+    except BrokenPipeError:
+        pass
+    except UsageError as error:
+        writer.send(error)
 
 
-def prefetch(data, cfg, T, jobs):
-    """Yield make_batch's of each job, (step, micro), in order; two processes work ahead.
+def prefetch(data, cfg, T, steps, micros):
+    """Yield make_batch's of all micro-batches of all steps, which another process makes ahead.
 
-    Threads would hold the interpreter's lock, which the loop needs to launch a step's kernels.
+    A thread would hold the interpreter's lock, which the loop needs to launch a step's kernels.
     """
-    return iter(torch.utils.data.DataLoader(
-        Batches(data, cfg, T), batch_size=None, sampler=jobs, collate_fn=tuple, num_workers=2,
-        prefetch_factor=4, worker_init_fn=ignore_signals, generator=torch.Generator()))
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    job = reader, writer, data, cfg, T, steps, micros
+    worker = multiprocessing.Process(target=produce, args=job, daemon=True)
+    worker.start()
+    writer.close()
+    try:
+        for _ in range(len(steps) * len(micros)):
+            batch = reader.recv()
+            if isinstance(batch, UsageError):
+                raise batch
+            yield batch
+    except EOFError:
+        raise UsageError("the process that makes the batches has died, perhaps for want of memory: "
+                         "go on with --resume") from None
+    finally:
+        reader.close()
+        worker.join()
 
 
 @torch.no_grad()
@@ -602,8 +616,7 @@ def train(given):
         handlers[number] = signal.signal(number, note)
     began = clock = time.time()
     done, stop, shapes = 0, False, set()  # done: steps since the clock was read
-    jobs = ((s, m) for s in range(step, cfg.max_iters) for m in mine)
-    batches = prefetch(data, cfg, T, jobs)
+    batches = prefetch(data, cfg, T, range(step, cfg.max_iters), mine)
     try:
         while step < cfg.max_iters and not stop:
             start, lr = time.time(), learning_rate(step, cfg)
@@ -643,7 +656,7 @@ def train(given):
                          f"({str(e).splitlines()[0]}): see what that one said, then --resume "
                          f"--out_dir={folder}") from None
     finally:
-        batches._shutdown_workers()  # by hand: a traceback may hold it until Python waits for them
+        batches.close()
         log.bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)

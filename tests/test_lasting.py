@@ -49,7 +49,8 @@ def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(data_dir, tm
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
         run.kill()
-        assert run.wait(60) == -signal.SIGKILL  # it was alive until then
+        run.communicate(timeout=5)  # the process that makes batches holds these pipes, too
+        assert run.returncode == -signal.SIGKILL  # it was alive until then
     assert start(data_dir, killed, *flags, "--resume").wait(120) == 0
     assert losses(killed) == losses(whole)
     a, b = load_checkpoint(whole)["model"], load_checkpoint(killed)["model"]
@@ -78,6 +79,29 @@ def test_a_batch_that_cannot_be_made_ends_the_run_and_its_processes(data_dir, tm
     assert run.returncode == 2 and "ids beyond its vocabulary" in err
 
 
+@pytest.mark.parametrize("rows", ["--batch_size=2", "--batch_size=2000"])  # of a pipe, and more
+def test_processes_that_make_batches_do_not_outlive_the_run(data_dir, tmp_path, rows):
+    run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_iters=1", rows)
+    while not (children := psutil.Process(run.pid).children()):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.kill()
+    run.communicate(timeout=5)
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_a_run_whose_batches_are_no_longer_made_says_so(data_dir, tmp_path):
+    run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_interval=10")
+    while not (tmp_path / "run" / "ckpt.pt").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    for child in psutil.Process(run.pid).children():
+        child.kill()
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and "go on with --resume" in err and "Traceback" not in err
+    load_checkpoint(tmp_path / "run")
+
+
 def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,7 +114,7 @@ def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path)
         time.sleep(0.02)
     ranks[1].kill()
     _, err = ranks[0].communicate(timeout=60)
-    ranks[1].wait(60)
+    ranks[1].communicate(timeout=5)
     assert ranks[0].returncode == 2
     assert "train.py: rank 0 lost another process" in err and "Traceback" not in err
     load_checkpoint(tmp_path / "run")

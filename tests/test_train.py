@@ -89,8 +89,10 @@ def test_other_processes_open_the_text_and_are_not_sent_it(data):
 
 
 def test_batches_made_ahead_come_in_order(data):
-    cfg, jobs = config(batch_size=3), [(step, micro) for step in range(8) for micro in (1, 0)]
-    for job, (x, y) in zip(jobs, train.prefetch(data, cfg, 64, iter(jobs)), strict=True):
+    cfg, steps, micros = config(batch_size=3), range(4, 10), range(1, 5, 2)
+    jobs = [(step, micro) for step in steps for micro in micros]
+    ahead = train.prefetch(data, cfg, 64, steps, micros)
+    for job, (x, y) in zip(jobs, ahead, strict=True):
         x_here, y_here = make_batch(data, cfg, 64, *job)
         assert np.array_equal(x, x_here) and np.array_equal(y, y_here)
 
