@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -218,14 +218,13 @@ def produce(reader, writer, data, cfg, T, steps, micros):
     reader.close()  # then only the loop holds it: should that be gone, sending fails, and ends this
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the loop, whose step needs its batch
-    try:
-        for step in steps:
-            for micro in micros:
-                writer.send(make_batch(data, cfg, T, step, micro))
-    except BrokenPipeError:
-        pass
-    except UsageError as error:
-        writer.send(error)
+    with suppress(BrokenPipeError):
+        try:
+            for step in steps:
+                for micro in micros:
+                    writer.send(make_batch(data, cfg, T, step, micro))
+        except UsageError as error:
+            writer.send(error)
 
 
 def prefetch(data, cfg, T, steps, micros):
@@ -244,11 +243,12 @@ def prefetch(data, cfg, T, steps, micros):
             if isinstance(batch, UsageError):
                 raise batch
             yield batch
-    except EOFError:
+    except (EOFError, OSError):  # OSError: in the middle of a batch
         raise UsageError("the process that makes the batches has died, perhaps for want of memory: "
                          "go on with --resume") from None
     finally:
         reader.close()
+        worker.kill()
         worker.join()
 
 

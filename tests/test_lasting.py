@@ -79,9 +79,11 @@ def test_a_batch_that_cannot_be_made_ends_the_run_and_its_processes(data_dir, tm
     assert run.returncode == 2 and "ids beyond its vocabulary" in err
 
 
-@pytest.mark.parametrize("rows", ["--batch_size=2", "--batch_size=2000"])  # of a pipe, and more
-def test_processes_that_make_batches_do_not_outlive_the_run(data_dir, tmp_path, rows):
-    run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_iters=1", rows)
+LARGE = "--batch_size=800"  # more than a pipe holds: the process waits in the middle of a batch
+
+
+def test_the_process_that_makes_batches_does_not_outlive_the_run(data_dir, tmp_path):
+    run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_iters=1", LARGE)
     while not (children := psutil.Process(run.pid).children()):
         assert run.poll() is None
         time.sleep(0.02)
@@ -91,7 +93,8 @@ def test_processes_that_make_batches_do_not_outlive_the_run(data_dir, tmp_path, 
 
 
 def test_a_run_whose_batches_are_no_longer_made_says_so(data_dir, tmp_path):
-    run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_interval=10")
+    flags = ["--max_iters=100000", "--eval_interval=1", "--eval_iters=1", LARGE]
+    run = start(data_dir, tmp_path / "run", *flags)
     while not (tmp_path / "run" / "ckpt.pt").exists():
         assert run.poll() is None
         time.sleep(0.02)
