@@ -460,7 +460,9 @@ def draw(lines, cfg, path):
     rows = -(-n // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4.2 * rows), squeeze=False,
                                 layout="constrained")
-    axes = iter(axes.flat)
+    for axis in axes.flat[n:]:
+        axis.set_axis_off()
+    axes = iter(axes.flat[:n])
     for probe, axis in zip(probes, axes, strict=False):
         for label, runs in lines.items():
             x = [int(m) * runs[0].T for m in runs[0].found[probe]]
@@ -485,15 +487,13 @@ def draw(lines, cfg, path):
         axis.set_yscale("log")
         where = f"position in the context, {BINS} parts of it, at {m}x"
         plain(axis, xlabel=where, title="attention by position")
-    for (label, runs), axis in zip(maps, axes, strict=False):
+    for (label, runs), axis in zip(maps, axes, strict=True):
         multiples, grid = heatmap_of(runs)
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(multiples)), [f"{m}x" for m in multiples])
         axis.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
         axis.set(xlabel="context", ylabel="depth of the fact", title=label)
         figure.colorbar(image, ax=axis, label="retrieved")
-    for axis in axes:
-        axis.set_axis_off()
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
