@@ -210,7 +210,7 @@ def share_right(run, planted):
 
 
 def probe_ruler(run, length, _depth=None):
-    """Share of right answers, task by task -> {task: share, ..., retrieval, qa: averages}.
+    """Share of right answers, task by task -> {task: share, ..., retrieval: average without qa}.
 
     `single` is asked in repeated text and in noise too, unless a haystack is given.
     """
