@@ -107,6 +107,8 @@ class TrainConfig:
 RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
              "log_interval"}
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # the step at hand is finished, and saved, first
+
 
 class Machine:
     """This process among its peers: rank, world, device, and the autocast to compute under."""
@@ -216,8 +218,6 @@ def make_batch(data, cfg, T, step, micro):
 def produce(reader, writer, data, cfg, T, steps, micros):
     """The process behind prefetch: send the batches, each as soon as the one before is taken."""
     reader.close()  # then only the loop holds it: should that be gone, sending fails, and ends this
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the loop, whose step needs its batch
     with suppress(BrokenPipeError):
         try:
             for step in steps:
@@ -235,7 +235,10 @@ def prefetch(data, cfg, T, steps, micros):
     reader, writer = multiprocessing.Pipe(duplex=False)
     job = reader, writer, data, cfg, T, steps, micros
     worker = multiprocessing.Process(target=produce, args=job, daemon=True)
-    worker.start()
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    worker.start()  # deaf to Ctrl-C, as that is for the loop, whose step needs its batch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     writer.close()
     try:
         for _ in range(len(steps) * len(micros)):
@@ -606,13 +609,13 @@ def train(given):
     long = cfg.long_frac if cfg.long_rows else 0
     flops = (1 - long) * model.flops_per_token(T) + long * model.flops_per_token(cfg.long_rows or T)
     log = Log(folder / "log.jsonl", step, cfg, machine, tokens, flops)
-    stopped, handlers = [], {}  # signals: the step at hand is finished, and saved, first
+    stopped, handlers = [], {}
 
     def note(number, frame):
         stopped.append(number)
         signal.signal(number, handlers[number])  # a second one is not to be waited for
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         handlers[number] = signal.signal(number, note)
     began = clock = time.time()
     done, stop, shapes = 0, False, set()  # done: steps since the clock was read

@@ -1,6 +1,7 @@
 """A run survives what happens to processes: kill -9, Ctrl-C, a dead peer, a long life."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,13 +21,20 @@ from train import load_checkpoint
 KILLS = int(os.environ.get("KILLS", 3))  # KILLS=30 is the full loop
 
 
-def start(data_dir, folder, *flags, **env):
+def start(data_dir, folder, *flags, script=(str(ROOT / "train.py"),), **env):
     argv = [*TINY, f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={folder}", *flags]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", **env),
-        start_new_session=True,
+        [sys.executable, *script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1", **env), start_new_session=True, cwd=ROOT,
     )  # fmt: skip
+
+
+def wait_for(found, *runs):
+    """Until found() is something, which is returned, while the runs go on."""
+    while not (something := found()):
+        assert all(run.poll() is None for run in runs)
+        time.sleep(0.02)
+    return something
 
 
 def losses(folder):
@@ -60,14 +68,31 @@ def test_a_run_killed_at_any_moment_goes_on_from_a_whole_checkpoint(data_dir, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
     run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_interval=10")
-    while not (tmp_path / "run" / "ckpt.pt").exists():
-        assert run.poll() is None
-        time.sleep(0.02)
+    wait_for((tmp_path / "run" / "ckpt.pt").exists, run)
     os.killpg(run.pid, number)  # the processes that make batches get it, too, as from a terminal
     out, err = run.communicate(timeout=60)
     assert run.returncode == 128 + number and not err
     step = load_checkpoint(tmp_path / "run")["step"]
     assert f"stopped at step {step}" in out and "--resume --out_dir=" in out
+
+
+SPAWN = """if __name__ == "__main__":
+    import multiprocessing, prepare_data, train
+    multiprocessing.set_start_method("METHOD")
+    prepare_data.run_main(train.main)"""
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods()[1:])  # 0: as above
+def test_a_signal_while_the_first_batch_is_awaited_stops_a_run_as_cleanly(
+        data_dir, tmp_path, method):
+    script = "-c", SPAWN.replace("METHOD", method)
+    run = start(data_dir, tmp_path / "run", "--max_iters=100000", script=script)
+    wait_for(psutil.Process(run.pid).children, run)
+    time.sleep(0.5)  # spawned, a process imports torch now
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and not err, err
+    assert "stopped at step" in out and load_checkpoint(tmp_path / "run")["step"] > 0
 
 
 def test_a_batch_that_cannot_be_made_ends_the_run_and_its_processes(data_dir, tmp_path):
@@ -84,9 +109,7 @@ LARGE = "--batch_size=800"  # more than a pipe holds: the process waits in the m
 
 def test_the_process_that_makes_batches_does_not_outlive_the_run(data_dir, tmp_path):
     run = start(data_dir, tmp_path / "run", "--max_iters=100000", "--eval_iters=1", LARGE)
-    while not (children := psutil.Process(run.pid).children()):
-        assert run.poll() is None
-        time.sleep(0.02)
+    children = wait_for(psutil.Process(run.pid).children, run)
     run.kill()
     run.communicate(timeout=5)
     assert not psutil.wait_procs(children, timeout=5)[1]
@@ -95,9 +118,7 @@ def test_the_process_that_makes_batches_does_not_outlive_the_run(data_dir, tmp_p
 def test_a_run_whose_batches_are_no_longer_made_says_so(data_dir, tmp_path):
     flags = ["--max_iters=100000", "--eval_interval=1", "--eval_iters=1", LARGE]
     run = start(data_dir, tmp_path / "run", *flags)
-    while not (tmp_path / "run" / "ckpt.pt").exists():
-        assert run.poll() is None
-        time.sleep(0.02)
+    wait_for((tmp_path / "run" / "ckpt.pt").exists, run)
     for child in psutil.Process(run.pid).children():
         child.kill()
     _, err = run.communicate(timeout=60)
@@ -112,9 +133,7 @@ def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path)
     env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     flags = ["--max_iters=100000", "--gradient_accumulation_steps=2", "--eval_interval=10"]
     ranks = [start(data_dir, tmp_path / "run", *flags, RANK=r, LOCAL_RANK=r, **env) for r in "01"]
-    while not (tmp_path / "run" / "ckpt.pt").exists():
-        assert all(rank.poll() is None for rank in ranks)
-        time.sleep(0.02)
+    wait_for((tmp_path / "run" / "ckpt.pt").exists, *ranks)
     ranks[1].kill()
     _, err = ranks[0].communicate(timeout=60)
     ranks[1].communicate(timeout=5)
