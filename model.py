@@ -711,7 +711,11 @@ class GPT(nn.Module):
         if not Path(folder).is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"])
+            try:
+                folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"])
+            except (OSError, ValueError) as e:
+                raise UsageError(f"{folder} is no folder, and the hub does not give it: "
+                                 f"{str(e).splitlines()[0]}") from None
         folder = Path(folder)
         try:
             hf = json.loads((folder / "config.json").read_text())

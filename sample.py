@@ -22,9 +22,10 @@ Does NOT include: sampling from several prompts at once, beam search, chat.
 
 import json
 import math
+import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -59,7 +60,7 @@ class SampleConfig:
     temperature: float = flag(0.8, "of sampling; 0: always the likeliest token", least=0)
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", least=0)
     top_p: float = flag(1.0, "sample among the fewest tokens of this probability", above=0, most=1)
-    seed: int = flag(1337, "of sampling, and of the facts that are planted", least=0)
+    seed: int = flag(1337, "of sampling, and of the planted facts", least=0, most=2**63 - 1)
     probe: str = flag("loss,needle", "what to measure, of " + ",".join(TITLES), each=TITLES)
     tasks: str = flag(",".join(prepare_data.TASKS), "what the ruler probe asks",
                       each=prepare_data.TASKS)
@@ -95,12 +96,13 @@ def hub_tokenizer(folder):
 
     try:
         inner = AutoTokenizer.from_pretrained(folder)
-        ids = partial(inner.encode, add_special_tokens=False)
-        assert ids("a")
+        assert inner.encode("a", add_special_tokens=False)
     except (OSError, ValueError, KeyError, AssertionError):
         raise UsageError(f"{folder} has no tokenizer: it can do --probe=cost only") from None
-    return SimpleNamespace(name="hub", n_vocab=len(inner), eot_token=inner.eos_token_id,
-                           decode=inner.decode, encode_to_numpy=lambda s, **_: np.array(ids(s)))
+    return SimpleNamespace(
+        name="hub", n_vocab=len(inner), eot_token=inner.eos_token_id,
+        decode=partial(inner.decode, skip_special_tokens=True),
+        encode_to_numpy=lambda text, **_: np.array(inner.encode(text), dtype=int))
 
 
 class Run:
@@ -112,7 +114,7 @@ class Run:
         self.folder, self.machine, self.cfg = Path(folder), machine, cfg
         self.train, self.meta = TrainConfig(), None
         about = self.folder / "config.json"
-        if about.exists() and "model_type" in json.loads(about.read_text()):
+        if about.exists() and b'"model_type"' in about.read_bytes():  # ours has none
             self.model = GPT.from_pretrained(folder, **changed).to(machine.device)
         else:
             self.model, self.train, self.meta = load_run(folder, machine.device, **changed)
@@ -339,12 +341,14 @@ def spread(values, form):
 
 def lines_of(runs):
     """Group runs that differ in nothing but their seed: {label: [run, ...]}, a line each."""
-    groups, lines = defaultdict(list), {}
+    groups, lines, known = defaultdict(list), {}, Counter()
     for run in runs:
         same = asdict(run.train) | asdict(run.model.config)
-        differ = {"seed", *RESUMABLE}
-        same["init_from"] = bool(run.train.init_from)  # a second stage is no seed of the first
-        groups[str({k: v for k, v in same.items() if k not in differ})].append(run)
+        # A second stage: of first ones that are called alike but for a number, NAME-1 and NAME-2.
+        same["init_from"] = re.sub(r"\d+/?$", "", run.train.init_from)
+        key = str({k: v for k, v in same.items() if k not in {"seed", *RESUMABLE}})
+        known[key, run.train.seed] += 1  # a seed that comes again begins a line of its own
+        groups[key, known[key, run.train.seed]].append(run)
     for group in groups.values():
         first, seeds = group[0].folder, f" ({len(group)} seeds)" if len(group) > 1 else ""
         label = first.name + seeds
@@ -500,7 +504,8 @@ def draw(lines, cfg, path):
 
 def write_text(run, cfg):
     """Continue the prompt and print what comes."""
-    ids = prepare_data.encode(run.enc, cfg.prompt) if cfg.prompt else [run.enc.eot_token]
+    ids = prepare_data.encode(run.enc, cfg.prompt)  # a hub's tokenizer may open it, with <BOS>
+    ids = ids if len(ids) else [run.enc.eot_token]
     generator = torch.Generator(run.machine.device).manual_seed(cfg.seed)
     with run.machine.autocast():
         out = run.model.generate(

@@ -77,9 +77,9 @@ class TrainConfig:
     beta2: float = flag(0.95, "AdamW", least=0, most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", least=0)
     eval_interval: int = flag(500, "steps between evaluations, each followed by a save", least=1)
-    eval_iters: int = flag(10, "batches of an evaluation, always the same rows", least=1)
+    eval_iters: int = flag(10, "batches of an evaluation, the same for a batch_size", least=1)
     log_interval: int = flag(10, "steps between lines of log.jsonl", least=1)
-    seed: int = flag(1337, "of the weights, the batches and the planted facts", least=0)
+    seed: int = flag(1337, "of the weights, the batches, the facts", least=0, most=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "bfloat16 on CUDA if auto", choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(True, "torch.compile, on CUDA only")
@@ -203,14 +203,16 @@ def make_batch(data, cfg, T, step, micro):
 
     A long row has the facts and questions of the T-token rows it stands for, so the share of the
     tokens that ask for retrieval is the same at every length. A pure function of (cfg.seed, step,
-    micro), whoever asks and whenever.
+    micro), whoever asks and whenever; of a second stage, another one.
     """
-    rng, asking = np.random.default_rng((cfg.seed, step, micro)), cfg.asking()
+    rng, asking = np.random.default_rng((cfg.seed, step, micro, bool(cfg.init_from))), cfg.asking()
     count, length = step_shape(step, cfg, T)
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
             tasks = [prepare_data.draw_task(data.enc, rng, *asking, T) for _ in range(n)]
+            # Of two that ask alike, such as "Most often:", one: there would be two answers.
+            tasks = {task.turns[0][0].tobytes(): task for task in tasks}.values()
             rows[r] = prepare_data.plant(rows[r], prepare_data.together(tasks), rng).row
     return rows[:, :-1], rows[:, 1:]
 
@@ -444,6 +446,22 @@ def choose_out_dir(cfg, pattern):
     return name
 
 
+def claim(folder):
+    """Lock a run's folder, in which two runs would overwrite each other. What to close, or None."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another process trains in {folder}: name another --out_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 def describe(cfg, model, machine):
     """What config.json says of a run: its flags, and what else it takes to do it again."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -588,9 +606,10 @@ def begin(given):
 def train(given):
     """Train by these flags. -> (folder of the run, number of the signal that stopped it, or 0)."""
     machine, cfg, data, model, optimizers, step, best = begin(given)
-    folder, T = Path(cfg.out_dir), model.config.block_size
+    folder, T, lock = Path(cfg.out_dir), model.config.block_size, None
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = claim(folder)
         if not step:
             about = json.dumps(describe(cfg, model, machine), indent=2)
             prepare_data.write_atomically(folder / "config.json", about)
@@ -661,6 +680,8 @@ def train(given):
     finally:
         batches.close()
         log.bar.close()
+        if lock is not None:
+            os.close(lock)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if machine.main and step < cfg.max_iters:

@@ -129,6 +129,28 @@ def test_the_probes_take_such_a_folder_with_its_own_tokenizer(tmp_path, capsys):
         sample.main([str(tmp_path), "--probe=loss", "--max_multiple=1"])
 
 
+def test_a_prompt_begins_as_the_folders_tokenizer_begins_it(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: i for i, word in enumerate(["<unk>", "<bos>", "<eos>", "red", "green"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    begin = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.post_processor = begin
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>",
+                                      eos_token="<eos>")
+    fast.save_pretrained(tmp_path)
+    enc = sample.hub_tokenizer(tmp_path)
+    ids = sample.prepare_data.encode(enc, "red green")
+    assert ids.tolist() == [1, 3, 4] and enc.decode(ids) == "red green"
+    assert sample.prepare_data.encode(enc, "").tolist() == [1]
+
+
+def test_a_folder_that_is_not_there_is_one_clear_line():
+    with pytest.raises(UsageError, match="nowhere is no folder, and the hub does not give it"):
+        GPT.from_pretrained("nowhere")
+
+
 PUBLISHED = {  # preset: (config class, kinds of layer by index, over one period of the pattern)
     "rnope-swa": ("Cohere2Config", "sliding_attention", "full_attention"),
     "gemma3": ("Gemma3TextConfig", "sliding_attention", "full_attention"),

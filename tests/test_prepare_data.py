@@ -127,6 +127,15 @@ def test_only_flags_that_were_given_come_back():
     assert given == dict(runs=("x", "y"), steps=1000, lr=1e-4, compile=False, lengths=(3, 4))
 
 
+def test_bytes_of_a_command_line_that_are_no_utf8_stay_what_they_are():
+    assert pd.encode(pd.encoding(dict(tokenizer="byte")), os.fsdecode(b"a\xff")).tolist() == [97, 255]
+
+
+def test_a_switch_may_be_written_as_nanogpt_writes_it():
+    assert pd.parse_flags([Flags], ["--compile=True"]) == dict(compile=True)
+    assert pd.parse_flags([Flags], ["--compile=False"]) == dict(compile=False)
+
+
 def test_two_configs_share_one_command_line():
     given = pd.parse_flags([Flags, DataConfig], ["--dataset", "a", "b", "--kind=b"])
     assert given == dict(dataset=("a", "b"), kind="b")

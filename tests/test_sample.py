@@ -467,6 +467,18 @@ def test_seeds_of_a_second_stage_become_one_line_too(variant, capsys):
     assert "long-1 (2 seeds)" in table_rows(capsys.readouterr().out, "bits per byte")
 
 
+def test_second_stages_of_different_first_ones_are_no_seeds(variant, capsys):
+    runs = [variant(f"{name}-long", train=dict(seed=s, init_from=f"out/{name}-{s}"))
+            for s, name in enumerate(("muon", "adamw"))]
+    ask(runs, "--probe=loss", "--max_multiple=1")
+    assert {"muon-long", "adamw-long"} < set(table_rows(capsys.readouterr().out, "bits per byte"))
+
+
+def test_a_seed_that_comes_twice_is_no_second_seed(variant, capsys):
+    ask([variant("one"), variant("again")], "--probe=loss", "--max_multiple=1")
+    assert {"one", "again"} < set(table_rows(capsys.readouterr().out, "bits per byte"))
+
+
 def test_runs_of_one_name_in_two_places_both_get_a_line(variant, capsys):
     runs = [variant("a/rope", model=dict(window=4)), variant("b/rope", model=dict(window=8))]
     ask(runs, "--probe=loss", "--max_multiple=1")

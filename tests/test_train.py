@@ -407,6 +407,16 @@ def test_resuming_on_another_text_is_refused(stopped_run):
         train.main(["--resume", f"--out_dir={stopped_run}"])
 
 
+def test_two_runs_do_not_share_a_folder(fit, tmp_path):
+    (tmp_path / "run").mkdir()
+    lock = train.claim(tmp_path / "run")
+    with pytest.raises(UsageError, match="another process trains in .*run: name another"):
+        fit(tmp_path / "run", "--max_iters=1")
+    os.close(lock)
+    assert not list((tmp_path / "run").iterdir())
+    fit(tmp_path / "run", "--max_iters=1")
+
+
 def test_after_a_run_an_interrupt_interrupts_again(fit, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     fit(tmp_path / "run", "--max_iters=1", "--needle_frac=0")
@@ -432,6 +442,20 @@ def test_a_long_row_asks_as_often_per_token_as_the_short_ones(data):
     assert x.shape == (100, 256)
     assert 170 < sum(len(set(n)) for n in numbers) < 230
     assert all(sorted(n) == sorted(2 * list(set(n))) for n in numbers)  # each told, and asked for
+
+
+def test_a_second_stage_draws_batches_of_its_own(data):
+    first, second = config(), config(init_from="out/first", long_rows=256)
+    step = next(s for s in range(9) if train.step_shape(s, second, 64) == (6, 64))
+    again, anew = (make_batch(data, cfg, 64, step, 0)[0] for cfg in (first, second))
+    assert again.shape == anew.shape and not (again == anew).all(1).any()
+
+
+def test_a_row_asks_once_for_the_word_that_is_most_often(data):
+    cfg = config(batch_size=28, long_rows=1792, long_frac=1.0, needle_frac=1.0, tasks="words")
+    _, y = make_batch(data, cfg, 448, 0, 0)
+    rows = [data.enc.decode(row.tolist()) for row in y]
+    assert [row.count("Most often: ") for row in rows] == [1] * 7
 
 
 def test_planted_rows_hold_every_task_asked_for(data):
