@@ -25,15 +25,15 @@ import shutil
 import sys
 import sysconfig
 import time
-import typing
 import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import regex
@@ -63,7 +63,7 @@ def parse_flags(configs, argv, description="", epilog=""):
     for field in chain.from_iterable(map(fields, configs)):
         default, positional = field.default, field.metadata.get("positional")
         options = {k: v for k, v in field.metadata.items() if k in ("help", "choices")}
-        kind = (typing.get_args(field.type) or (field.type,))[0]  # of X | None and tuple[X, ...]
+        kind = (get_args(field.type) or (field.type,))[0]  # of X | None and tuple[X, ...]
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
             on, off = f"--{field.name}", f"--no-{field.name}"
@@ -83,8 +83,7 @@ def parse_flags(configs, argv, description="", epilog=""):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
         parser.error(f"unknown argument {name!r}: {hint}")
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in vars(given).items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
 
 
 def run_main(main):
@@ -117,7 +116,6 @@ def run_main(main):
 
 def write_atomically(path, data):
     """Write str or bytes so that a reader finds the old file or the new one, never a half."""
-    path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -157,7 +155,6 @@ def sha256_of(path):
 
 def download(url, path, sha256=None):
     """Fetch url to path, unless it is there, by way of path.part, which a later call resumes."""
-    path = Path(path)
     part = path.with_name(path.name + ".part")
     if path.exists():
         return path
@@ -289,7 +286,6 @@ PYTHON_BYTES = 128 << 20  # what `python` takes at most: seconds, not minutes
 # A vendored copy would put one file into train and val; nested site-packages are roots themselves.
 PYTHON_SKIP = {"test", "tests", "testing", "idle_test", "benchmarks", "encodings", "__pycache__",
                "_vendor", "site-packages", "dist-packages"}
-PYTHON_NAME = r"(?!test_).*\.py"
 GENERATED = re.compile(rb"(?im)(auto|machine)(matically)?[- ]?generated"
                        rb"|^#.*(generated (by|from) |do not edit)")
 
@@ -310,13 +306,12 @@ class DataConfig:
 class File(NamedTuple):
     path: Path
     key: str  # names it alike on every machine: what its split is drawn from
-    split: str  # "train" or "val"; "": split_files decides
     start: int  # bytes start..stop are meant
     stop: int
 
 
-def whole(path, key="", split=""):
-    return File(path, key or path.name, split, 0, path.stat().st_size)
+def whole(path, key=""):
+    return File(path, key or path.name, 0, path.stat().st_size)
 
 
 def draw(key):
@@ -396,7 +391,7 @@ def python_files():
     for root, label in roots.items():
         found += find_files(Path(root).resolve(), label, PYTHON_SKIP)
     for file in sorted(found, key=lambda file: draw(file.key)):  # the limit cuts a fair sample
-        if (total + file.stop <= PYTHON_BYTES and re.fullmatch(PYTHON_NAME, file.path.name)
+        if (total + file.stop <= PYTHON_BYTES and re.fullmatch(r"(?!test_).*\.py", file.path.name)
                 and is_text(file) and not GENERATED.search(file.path.read_bytes()[:1000])):
             files.append(file)
             total += file.stop
@@ -424,57 +419,52 @@ def named_files(names, data_dir):
 
 
 def split_files(files, val_frac):
-    """Hold out about val_frac: whole files, drawn by key; of a lone file, its end."""
+    """(train, val), about val_frac in val: whole files, drawn by key; of a lone file, its end."""
     if len(files) > 1:
         held_out = max(val_frac, min(draw(file.key) for file in files))  # one at least
-        return [file._replace(split="val" if draw(file.key) <= held_out else "train")
-                for file in files]
+        return ([file for file in files if draw(file.key) > held_out],
+                [file for file in files if draw(file.key) <= held_out])
     file, cut = files[0], int(files[0].stop * (1 - val_frac))
-    with file.path.open("rb") as opened:
-        opened.seek(cut)
-        near = opened.read(SLICE)
+    near = np.fromfile(file.path, np.uint8, SLICE, offset=cut)
     # To the next line; where none begins nearby, out of the UTF-8 character.
     cut += re.match(rb"(?s)[^\n]*\n(?=.)|[\x80-\xbf]*", near).end()
-    return [file._replace(stop=cut, split="train"), file._replace(start=cut, split="val")]
+    return [file._replace(stop=cut)], [file._replace(start=cut)]
 
 
 def open_corpus(cfg):
-    """Find or download what cfg names. Returns (Files, their reader, what meta.json records)."""
-    def fetch(source, split="", **blanks):
+    """Find or download what cfg names. Returns ((train, val), reader, what meta.json records)."""
+    def fetch(source, **blanks):
         url = SOURCES[source].format(**blanks)
         path = Path(cfg.data_dir, "downloads", source, url.rsplit("/", 1)[1])
-        return whole(download(url, path, HASHES.get(source)), split=split)
+        path = download(url, path, HASHES.get(source))
+        return whole(unzip(path) if path.suffix == ".zip" else path)
 
-    known, source, read, val_frac = cfg.dataset[0], {}, read_text, 0.05
+    known, source, read, val_frac, val = cfg.dataset[0], {}, read_text, 0.05, []
     if known == "python":
         files, source["python"] = python_files(), platform.python_version()
-    elif known == "shakespeare":
+    elif known in ("shakespeare", "enwik8"):
         files, val_frac = [fetch(known)], 0.1
-    elif known == "enwik8":
-        files, val_frac = [whole(unzip(fetch(known).path))], 0.1
     elif known == "tinystories":
-        files = [fetch(known, "train", part="train"), fetch(known, "val", part="valid")]
-        read = read_stories
+        files, val, read = [fetch(known, part="train")], [fetch(known, part="valid")], read_stories
     elif known == "pg19":  # whole books (arXiv 1911.05507); a larger sample holds the smaller one
-        train, val = (fetch("pg19_list", part=part).path.read_text().split()
-                      for part in ("train", "validation"))
-        files = [fetch(known, "val", book=book) for book in val]
-        files += [fetch(known, "train", book=book) for book in sorted(train, key=draw)[:cfg.books]]
+        books = fetch("pg19_list", part="validation").path.read_text().split()
+        val = [fetch(known, book=book) for book in books]
+        books = fetch("pg19_list", part="train").path.read_text().split()
+        files = [fetch(known, book=book) for book in sorted(books, key=draw)[:cfg.books]]
     elif known == "fineweb10B":
-        files = [fetch(known, "val", shard="val_000000")]
-        files += [fetch(known, "train", shard=f"train_{i + 1:06d}") for i in range(cfg.shards)]
-        read = read_shard
+        files = [fetch(known, shard=f"train_{i + 1:06d}") for i in range(cfg.shards)]
+        val, read = [fetch(known, shard="val_000000")], read_shard
     else:
         files, source["skipped"] = named_files(cfg.dataset, cfg.data_dir)
     if not files:
         raise UsageError(f"no text in {' '.join(cfg.dataset)}")
-    source["files"] = len(files)
-    if not files[0].split:
-        files = split_files(files, cfg.val_frac or val_frac)
-    # Longest first: a long context measured from the start of val.bin is then one real document
-    # and not many short ones, wherever the corpus has one that long.
-    files.sort(key=lambda file: (file.start - file.stop, file.key))
-    return files, read, source
+    source["files"] = len(files) + len(val)
+    splits = (files, val) if val else split_files(files, cfg.val_frac or val_frac)
+    for split in splits:
+        # Longest first: a long context measured from the start of val.bin is then one real
+        # document and not many short ones, wherever the corpus has one that long.
+        split.sort(key=lambda file: (file.start - file.stop, file.key))
+    return splits, read, source
 
 
 # ----------------------------------------------------------------------------------- token files
@@ -500,9 +490,9 @@ def check_config(cfg):
 
 
 def bpe_sample(files):
-    """BPE_SAMPLE characters of the training split, or a little more: whole files at random."""
-    train, sample = [file for file in files if file.split == "train"], ""
-    for text in chain.from_iterable(map(read_slices, sorted(train, key=lambda f: draw(f.key)))):
+    """About BPE_SAMPLE characters, or all there are: one file after another, at random."""
+    sample = ""
+    for text in chain.from_iterable(map(read_slices, sorted(files, key=lambda f: draw(f.key)))):
         sample += text
         if len(sample) >= BPE_SAMPLE:
             break
@@ -536,31 +526,30 @@ def prepare(cfg):
             raise UsageError(f"{folder} has other settings: use another --name, or delete it")
         print(f"{folder} is already made from these settings; delete it to make it anew")
         return folder
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # renamed at the end
+    making = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # renamed at the end
     meta = dict(dataset=settings["dataset"], tokenizer=cfg.tokenizer, settings=settings)
     try:
         if cfg.tokenizer == "gpt2":
             encoding(meta)  # before any download, which would be in vain without a vocabulary
-        files, read, meta["source"] = open_corpus(cfg)
+        splits, read, meta["source"] = open_corpus(cfg)
         if cfg.tokenizer == "bpe":
-            ranks = train_bpe(bpe_sample(files), cfg.bpe_vocab_size)
+            ranks = train_bpe(bpe_sample(splits[0]), cfg.bpe_vocab_size)
             meta["ranks"] = [base64.b64encode(token).decode() for token in ranks]
         enc = encoding(meta)
         dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
         meta |= dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype=dtype)
-        partial.mkdir(parents=True)
-        for split in ("train", "val"):
-            chosen = [file for file in files if file.split == split]
-            counts = write_tokens(partial / f"{split}.bin", chosen, read, enc, dtype)
+        making.mkdir(parents=True)
+        for split, files in zip(("train", "val"), splits, strict=True):
+            counts = write_tokens(making / f"{split}.bin", files, read, enc, dtype)
             meta |= {f"{split}_{name}": count for name, count in counts.items()}
         meta["documents"] = meta["train_documents"] + meta["val_documents"]
-        write_atomically(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
-        os.replace(partial, folder)
+        write_atomically(making / "meta.json", json.dumps(meta, indent=1) + "\n")
+        os.replace(making, folder)
     except OSError as error:
         if not folder.exists():  # another process may have made it meanwhile
             raise UsageError(f"cannot make {folder}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(making, ignore_errors=True)
     return folder
 
 
@@ -612,6 +601,10 @@ class Task(NamedTuple):
     turns: list  # (question, answer) token ids; the row ends in all of them, one after another
     asked: list  # for each turn, the index in facts of the fact it is about
     chains: tuple = ()  # lists of indices in facts: these stand in the row in this order
+
+    def size(self):
+        """Tokens that the facts and turns take of a row."""
+        return sum(map(len, chain(self.facts, *self.turns)))
 
 
 class Planted(NamedTuple):
@@ -671,7 +664,7 @@ def said(enc, *parts):
     return np.concatenate([encode(enc, part) for part in parts])
 
 
-def needle_task(enc, rng, n_needles=4, digits=7, questions=1, held_out=False):
+def needle_task(enc, rng, held_out=False, n_needles=4, digits=7, questions=1):
     """Needles that each give a key a secret number, and questions for the numbers of some keys.
 
     held_out: keys and wording that training never sees. Source: the passkeys of RULER
@@ -739,19 +732,14 @@ def qa_task(enc, rng, held_out=False):
 
 
 TASKS = {  # after RULER, arXiv 2404.06654: (encoding, rng, held_out) -> Task
-    "single": lambda enc, rng, new=False: needle_task(enc, rng, 1, held_out=new),
-    "multikey": lambda enc, rng, new=False: needle_task(enc, rng, 12, held_out=new),
-    "multiquery": lambda enc, rng, new=False: needle_task(enc, rng, 8, 7, 4, new),
+    "single": partial(needle_task, n_needles=1),
+    "multikey": partial(needle_task, n_needles=12),
+    "multiquery": partial(needle_task, n_needles=8, questions=4),
     "multivalue": multivalue_task,
     "variables": variables_task,
     "words": words_task,
     "qa": qa_task,
 }
-
-
-def tokens_needed(task):
-    """Tokens that a task's facts and turns take of a row."""
-    return sum(map(len, task.facts)) + sum(len(part) for turn in task.turns for part in turn)
 
 
 def no_room(name, room, needed):
@@ -767,14 +755,12 @@ def draw_task(enc, rng, names, sizes, room, held_out=False):
     Wordings differ in length: one that is too long is drawn again. UsageError where all are.
     """
     name, needed = names[rng.integers(len(names))], []
+    make = TASKS.get(name, lambda *args: needle_task(*args, *sizes))
     while len(needed) < 50:
-        if name == "needle":
-            task = needle_task(enc, rng, *sizes, held_out)
-        else:
-            task = TASKS[name](enc, rng, held_out)
-        needed.append(tokens_needed(task))
-        if needed[-1] <= room:
+        task = make(enc, rng, held_out)
+        if task.size() <= room:
             return task
+        needed.append(task.size())
     raise no_room(name, room, needed)
 
 
@@ -782,9 +768,8 @@ def check_room(enc, names, sizes, room):
     """UsageError unless `room` tokens hold each of the tasks, in half its wordings or more."""
     for name in names:
         rng = np.random.default_rng(0)
-        drawn = (draw_task(enc, rng, [name], sizes, math.inf) for _ in range(100))
-        needed = [tokens_needed(task) for task in drawn]
-        if sorted(needed)[50] > room:
+        needed = sorted(draw_task(enc, rng, [name], sizes, math.inf).size() for _ in range(100))
+        if needed[50] > room:
             raise no_room(name, room, needed)
 
 
@@ -809,14 +794,11 @@ def plant(row, task, rng, depth=None):
     Errors: UsageError with the length that suffices, where the row is too short.
     """
     lengths, asked = [len(fact) for fact in task.facts], task.asked[0]
-    parts = [part for turn in task.turns for part in turn]  # of the tail
-    ends = np.cumsum([len(part) for part in parts])
-    tail, needed = int(ends[-1]), sum(lengths)
-    room = len(row) - tail  # tokens before the questions
-    free = room - needed  # those that no fact covers
+    free = len(row) - task.size()  # tokens of the row that stay
+    room = sum(lengths) + free  # tokens before the questions
     if free < 0:
         raise UsageError(f"a row of {len(row)} tokens cannot hold {len(lengths)} facts and the "
-                         f"questions: {needed + tail} are needed")
+                         f"questions: {task.size()} are needed")
     order = rng.permutation(len(lengths)).tolist()
     for links in task.chains:
         places = sorted(order.index(i) for i in links)
@@ -833,7 +815,7 @@ def plant(row, task, rng, depth=None):
         fits = [k for k, gap in enumerate(gap_after) if 0 <= gap <= free]
         if not fits:
             raise UsageError(f"a row of {len(row)} tokens is too tight for depth {depth}: "
-                             f"{needed + max(lengths) + tail} suffice")
+                             f"{task.size() + max(lengths)} suffice")
         wanted = rng.binomial(len(order), depth)  # as if every place were as likely
         k = min(fits, key=lambda k: abs(k - wanted))
         gap = gap_after[k]
@@ -845,10 +827,11 @@ def plant(row, task, rng, depth=None):
         spans[i] = slice(start + gap, start + gap + lengths[i])
         planted[spans[i]] = task.facts[i]
         start += lengths[i]
+    parts = list(chain(*task.turns))  # question, answer, question, answer, ...
     planted[room:] = np.concatenate(parts)
-    answers = [slice(room + a, room + b) for a, b in ends.reshape(-1, 2).tolist()]
-    about = [spans[i] for i in task.asked]
-    return Planted(planted, spans, about, answers, slice(room, len(row)))
+    ends = room + np.cumsum([len(part) for part in parts])
+    answers = [slice(a, b) for a, b in ends.reshape(-1, 2).tolist()]
+    return Planted(planted, spans, [spans[i] for i in task.asked], answers, slice(room, len(row)))
 
 
 def main(argv):

@@ -26,6 +26,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -119,6 +120,7 @@ class Run:
         else:
             self.model, self.train, self.meta = load_run(folder, machine.device, **changed)
         self.T = self.model.config.block_size
+        self.kinds = sorted(set(self.model.config.layers))  # of layer: ["N", "S"]
 
     @cached_property
     def enc(self):
@@ -185,7 +187,7 @@ class Run:
                 yield self.model.head(self.model.body(x, last=n)), y
 
 
-def probe_loss(run, length, _depth=None):
+def probe_loss(run, length):
     """Nats on the last T / 4 tokens of each row -> {bits_per_byte, perplexity (per token)}."""
     rows, n, nats = run.rows(length), max(1, run.T // 4), 0.0
     for logits, y in run.predict(rows, n):
@@ -202,16 +204,15 @@ def probe_needle(run, length, depth=None):
 
 def share_right(run, planted):
     """Share of answers that are the likeliest token at each of their places."""
-    n = max(len(p.row) - p.answers[0].start for p in planted)
-    rows = np.stack([p.row for p in planted])
-    hits = np.concatenate([(x.argmax(-1) == y).cpu().numpy() for x, y in run.predict(rows, n)])
-    ends = zip(hits, planted, strict=True)  # hits: of the last n tokens of a row
-    exact = [hit[a.start - len(p.row) :][: a.stop - a.start].all()
-             for hit, p in ends for a in p.answers]  # fmt: skip
+    rows, first = np.stack([p.row for p in planted]), min(p.answers[0].start for p in planted)
+    found = run.predict(rows, rows.shape[1] - first)
+    hits = np.concatenate([(x.argmax(-1) == y).cpu().numpy() for x, y in found])
+    exact = [hit[a.start - first : a.stop - first].all()
+             for hit, p in zip(hits, planted, strict=True) for a in p.answers]
     return float(np.mean(exact))
 
 
-def probe_ruler(run, length, _depth=None):
+def probe_ruler(run, length):
     """Share of right answers, task by task -> {task: share, ..., retrieval: average without qa}.
 
     `single` is asked in repeated text and in noise too, unless a haystack is given.
@@ -230,7 +231,7 @@ SEGMENTS = ("begin", "needle", "context", "qc")  # as in the paper; qc: question
 BINS = 32  # of the curve over the context
 
 
-def probe_attention(run, length, _depth=None):
+def probe_attention(run, length):
     """Where the queries that produce the answer look, the fact at 50 % depth -> {layers: [...]}.
 
     Of each layer: its letter, the mass on each of SEGMENTS, the entropy in bits, and the curve,
@@ -261,23 +262,19 @@ def probe_attention(run, length, _depth=None):
         entropy = -(p * p.clamp(min=1e-30).log2()).sum(-1).mean((1, 2)).sum().item()
         sums[layer] += np.array([*shares, entropy, *curve]) / len(planted)
 
-    attns = [block.attn for block in run.model.blocks]
-    hooks = [attn.register_forward_pre_hook(partial(watch, i)) for i, attn in enumerate(attns)]
     done = 0
-    try:
+    with ExitStack() as hooks:
+        for i, block in enumerate(run.model.blocks):
+            hooks.enter_context(block.attn.register_forward_pre_hook(partial(watch, i)))
         for _, y in run.predict(np.stack([p.row for p in planted]), n):
             done += len(y)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    names, found = (*SEGMENTS, "entropy"), (x.tolist() for x in sums.values())
-    return dict(layers=[dict(zip(names, x, strict=False), letter=attn.letter,
-                             curve=x[len(names) :])
-                        for attn, x in zip(attns, found, strict=True)])
+    names, found = (*SEGMENTS, "entropy"), zip(run.model.config.layers, sums.values(), strict=True)
+    return dict(layers=[dict(zip(names, x.tolist(), strict=False), letter=letter,
+                             curve=x[len(names) :].tolist()) for letter, x in found])
 
 
 @torch.no_grad()
-def probe_cost(run, length, _depth=None):
+def probe_cost(run, length):
     """What a context costs at inference, for `cost_rows` rows of random tokens at once.
 
     -> {kv_mb: of the cache, for all rows, prefill_tokens_per_second, decode_tokens_per_second}.
@@ -297,11 +294,9 @@ def probe_cost(run, length, _depth=None):
                 halfway = run.machine.clock()
             x = step(sample_token(model.head(x), temperature=0), length + n)
         ended = run.machine.clock()
-    return dict(
-        kv_mb=sum(t.nbytes for c in caches for t in (c.k, c.v)) / 1e6,
-        prefill_tokens_per_second=B * length / (prefilled - began),
-        decode_tokens_per_second=B * steps / (ended - halfway),
-    )
+    return dict(kv_mb=sum(t.nbytes for c in caches for t in (c.k, c.v)) / 1e6,
+                prefill_tokens_per_second=B * length / (prefilled - began),
+                decode_tokens_per_second=B * steps / (ended - halfway))
 
 
 PROBES = dict(loss=probe_loss, needle=probe_needle, ruler=probe_ruler, attention=probe_attention,
@@ -323,7 +318,7 @@ def measure(run, cfg):
         if probe == "heatmap":
             found[probe][f"{m},{depth}"] = probe_needle(run, m * run.T, depth)
         else:
-            found[probe][str(m)] = PROBES[probe](run, m * run.T)
+            found[probe][m] = PROBES[probe](run, m * run.T)
     about = dict(command=" ".join(sys.argv), settings=asdict(cfg), model=asdict(run.model.config),
                  block_size=run.T, device=run.machine.name, torch=torch.__version__)
     prepare_data.write_atomically(run.folder / "probe.json", json.dumps(about | found, indent=1))
@@ -333,8 +328,17 @@ def measure(run, cfg):
 # ---- What the user sees -------------------------------------------------------------------------
 
 
-def spread(values, form):
-    """One number, or the mean ± standard deviation of several."""
+def number(run, probe, m, name, kind=None):
+    """What a probe found at multiple m; attention: the mean over the layers of a kind, or "all"."""
+    found = run.found[probe][m]
+    if probe != "attention":
+        return found.get(name, found.get("qa"))  # no average over retrieval, if qa is all there is
+    return np.mean([x[name] for x in found["layers"] if kind in ("all", x["letter"])], 0)
+
+
+def spread(form, runs, *what):
+    """A number of one run, or its mean ± standard deviation over several."""
+    values = [number(run, *what) for run in runs]
     mean = form.format(np.mean(values))
     return mean if len(values) == 1 else f"{mean} ± {form.format(np.std(values, ddof=1))}"
 
@@ -343,12 +347,11 @@ def lines_of(runs):
     """Group runs that differ in nothing but their seed: {label: [run, ...]}, a line each."""
     groups, lines, known = defaultdict(list), {}, Counter()
     for run in runs:
-        same = asdict(run.train) | asdict(run.model.config)
+        same = asdict(run.train) | asdict(run.model.config) | dict.fromkeys(["seed", *RESUMABLE])
         # A second stage: of first ones that are called alike but for a number, NAME-1 and NAME-2.
         same["init_from"] = re.sub(r"\d+/?$", "", run.train.init_from)
-        key = str({k: v for k, v in same.items() if k not in {"seed", *RESUMABLE}})
-        known[key, run.train.seed] += 1  # a seed that comes again begins a line of its own
-        groups[key, known[key, run.train.seed]].append(run)
+        known[str(same), run.train.seed] += 1  # a seed that comes again begins a line of its own
+        groups[str(same), known[str(same), run.train.seed]].append(run)
     for group in groups.values():
         first, seeds = group[0].folder, f" ({len(group)} seeds)" if len(group) > 1 else ""
         label = first.name + seeds
@@ -364,16 +367,13 @@ def markdown(title, head, rows):
 
 def table(probe, lines):
     """One row a line, one column a multiple of the training context."""
-    forms, title = TITLES[probe]
-    multiples, rows = list(next(iter(lines.values()))[0].found[probe]), []
+    (forms, title), rows = TITLES[probe], []
     for label, runs in lines.items():
-        row = [label, str(runs[0].T)]
-        for m in multiples:
-            found = [run.found[probe][m] for run in runs]
-            first, *more = (spread([f[k] for f in found], form) for k, form in forms.items())
-            row.append(first + (f" ({', '.join(more)})" if more else ""))
-        rows.append(row)
-    head = ["run", "T", *(f"{m}x" for m in multiples)]
+        rows.append([label, str(runs[0].T)])
+        for m in runs[0].found[probe]:
+            first, *more = (spread(form, runs, probe, m, name) for name, form in forms.items())
+            rows[-1].append(first + (f" ({', '.join(more)})" if more else ""))
+    head = ["run", "T", *(f"{m}x" for m in runs[0].found[probe])]
     return markdown(f"{title}, by context length", head, rows)
 
 
@@ -381,16 +381,12 @@ def attention_table(lines):
     """One row a run, kind of layer and length: the paper's segments, and the entropy."""
     rows = []
     for label, runs in lines.items():
-        kinds = {kind: kind for kind in kinds_of(runs[0])}
-        if len(kinds) > 1:
-            kinds["all"] = "".join(kinds)
-        for kind, letters in kinds.items():
+        kinds = runs[0].kinds
+        for kind in [*kinds, "all"] if len(kinds) > 1 else kinds:
             for m in runs[0].found["attention"]:
-                row = [label, kind, f"{int(m) * runs[0].T:,}"]
-                for name in (*SEGMENTS, "entropy"):
-                    found = [attention_of(run, m, letters, name) for run in runs]
-                    row.append(spread(found, "{:.2f}" if name == "entropy" else "{:.4f}"))
-                rows.append(row)
+                shares = (spread("{:.4f}", runs, "attention", m, name, kind) for name in SEGMENTS)
+                bits = spread("{:.2f}", runs, "attention", m, "entropy", kind)
+                rows.append([label, kind, f"{m * runs[0].T:,}", *shares, bits])
     head = ["run", "layers", "tokens", *SEGMENTS, "entropy, bits"]
     title = "where the answer's queries look, needle at 50 % depth (qc: question and completion)"
     return markdown(title, head, rows)
@@ -401,21 +397,10 @@ def ruler_table(lines):
     rows = []
     for label, runs in lines.items():
         for m, found in runs[0].found["ruler"].items():
-            shares = [[run.found["ruler"][m][task] for run in runs] for task in found]
-            rows.append([label, f"{int(m) * runs[0].T:,}", *(spread(x, "{:.3f}") for x in shares)])
+            shares = (spread("{:.3f}", runs, "ruler", m, task) for task in found)
+            rows.append([label, f"{m * runs[0].T:,}", *shares])
     title = "share of right answers by task (retrieval: the average of all but qa)"
     return markdown(title, ["run", "context", *found], rows)
-
-
-def kinds_of(run):
-    """The kinds of layer a run has: ["N", "S"]."""
-    return sorted(set(run.model.config.layers))
-
-
-def attention_of(run, m, letters, name):
-    """Mean of a number of the attention probe, over the layers of some kinds."""
-    layers = run.found["attention"][m]["layers"]
-    return np.mean([layer[name] for layer in layers if layer["letter"] in letters], 0)
 
 
 def heatmap_of(runs):
@@ -433,17 +418,6 @@ def heatmap_table(runs, label):
     return markdown(title, ["depth", *(f"{m}x" for m in multiples)], rows)
 
 
-def curves_of(probe, label, runs):
-    """What is drawn of a probe's numbers: {name: one list a run, of one number a length}."""
-    if probe == "attention":
-        return {f"{label}, layers {kind}": [[attention_of(run, m, kind, "needle")
-                                             for m in run.found[probe]] for run in runs]
-                for kind in kinds_of(runs[0])}
-    key, *_ = TITLES[probe][0]
-    found = [run.found[probe].values() for run in runs]
-    return {label: [[numbers.get(key, numbers.get("qa")) for numbers in run] for run in found]}
-
-
 def plain(axis, **labels):
     axis.set(**labels)
     axis.spines[["top", "right"]].set_visible(False)
@@ -453,25 +427,25 @@ def plain(axis, **labels):
 
 def draw(lines, cfg, path):
     """The tables as one figure. Needs matplotlib (the plot extra)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     probes, maps = cfg.probe.split(","), list(lines.items()) if cfg.heatmap else []
     n = len(probes) + ("attention" in probes) + len(maps)
     columns = min(n, 4)
     rows = -(-n // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4.2 * rows), squeeze=False,
-                                layout="constrained")
+    figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[n:]:
         axis.set_axis_off()
     axes = iter(axes.flat[:n])
     for probe, axis in zip(probes, axes, strict=False):
+        key = next(iter(TITLES[probe][0]))
         for label, runs in lines.items():
-            x = [int(m) * runs[0].T for m in runs[0].found[probe]]
-            for name, y in curves_of(probe, label, runs).items():
+            x = [m * runs[0].T for m in runs[0].found[probe]]
+            for kind in runs[0].kinds if probe == "attention" else [""]:
+                y = [[number(run, probe, m, key, kind) for m in run.found[probe]] for run in runs]
                 low, mean, high = np.min(y, 0), np.mean(y, 0), np.max(y, 0)
+                name = f"{label}, layers {kind}" if kind else label
                 (line,) = axis.plot(x, mean, marker="o", linewidth=2, label=name)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axis.axvline(runs[0].T, color="gray", linestyle=":", linewidth=1)
@@ -485,8 +459,8 @@ def draw(lines, cfg, path):
         axis = next(axes)
         for label, runs in lines.items():
             m = list(runs[0].found["attention"])[-1]
-            for kind in kinds_of(runs[0]):
-                curve = np.mean([attention_of(run, m, kind, "curve") for run in runs], 0)
+            for kind in runs[0].kinds:
+                curve = np.mean([number(run, "attention", m, "curve", kind) for run in runs], 0)
                 axis.plot((np.arange(BINS) + 0.5) / BINS, curve, label=f"{label}, layers {kind}")
         axis.set_yscale("log")
         where = f"position in the context, {BINS} parts of it, at {m}x"
@@ -499,19 +473,17 @@ def draw(lines, cfg, path):
         axis.set(xlabel="context", ylabel="depth of the fact", title=label)
         figure.colorbar(image, ax=axis, label="retrieved")
     figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 def write_text(run, cfg):
     """Continue the prompt and print what comes."""
     ids = prepare_data.encode(run.enc, cfg.prompt)  # a hub's tokenizer may open it, with <BOS>
-    ids = ids if len(ids) else [run.enc.eot_token]
+    (ids,) = run.machine.put(np.array([ids if len(ids) else [run.enc.eot_token]]))
+    top_k, top_p = cfg.top_k or None, cfg.top_p if cfg.top_p < 1 else None
     generator = torch.Generator(run.machine.device).manual_seed(cfg.seed)
     with run.machine.autocast():
-        out = run.model.generate(
-            run.machine.put(np.array([ids]))[0], cfg.max_new_tokens, cfg.temperature,
-            cfg.top_k or None, cfg.top_p if cfg.top_p < 1 else None, run.enc.eot_token, generator,
-        )  # fmt: skip
+        out = run.model.generate(ids, cfg.max_new_tokens, cfg.temperature, top_k, top_p,
+                                 run.enc.eot_token, generator)
     known = out[0][out[0] < run.enc.n_vocab].tolist()  # the model's vocabulary is padded
     print(run.enc.decode([t for t in known if t != run.enc.eot_token]))
 
