@@ -419,16 +419,22 @@ def named_files(names, data_dir):
 
 
 def split_files(files, val_frac):
-    """(train, val), about val_frac in val: whole files, drawn by key; of a lone file, its end."""
-    if len(files) > 1:
-        held_out = max(val_frac, min(draw(file.key) for file in files))  # one at least
-        return ([file for file in files if draw(file.key) > held_out],
-                [file for file in files if draw(file.key) <= held_out])
-    file, cut = files[0], int(files[0].stop * (1 - val_frac))
+    """(train, val), about val_frac in val: whole files, drawn by key, or the end of the longest.
+
+    The latter where the files are so few, or so unlike, that those drawn would be more than thrice
+    that share of the text.
+    """
+    total = sum(file.stop for file in files)
+    held_out = max(val_frac, min(draw(file.key) for file in files))  # one at least
+    val = [file for file in files if draw(file.key) <= held_out]
+    if len(val) < len(files) and sum(file.stop for file in val) <= 3 * val_frac * total:
+        return [file for file in files if draw(file.key) > held_out], val
+    *rest, file = sorted(files, key=lambda file: (file.stop, file.key))
+    cut = int(file.stop - min(val_frac * total, max(val_frac, 0.5) * file.stop))
     near = np.fromfile(file.path, np.uint8, SLICE, offset=cut)
     # To the next line; where none begins nearby, out of the UTF-8 character.
     cut += re.match(rb"(?s)[^\n]*\n(?=.)|[\x80-\xbf]*", near).end()
-    return [file._replace(stop=cut)], [file._replace(start=cut)]
+    return [*rest, file._replace(stop=cut)], [file._replace(start=cut)]
 
 
 def open_corpus(cfg):

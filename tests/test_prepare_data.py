@@ -128,7 +128,8 @@ def test_only_flags_that_were_given_come_back():
 
 
 def test_bytes_of_a_command_line_that_are_no_utf8_stay_what_they_are():
-    assert pd.encode(pd.encoding(dict(tokenizer="byte")), os.fsdecode(b"a\xff")).tolist() == [97, 255]
+    enc = pd.encoding(dict(tokenizer="byte"))
+    assert pd.encode(enc, os.fsdecode(b"a\xff")).tolist() == [97, 255]
 
 
 def test_a_switch_may_be_written_as_nanogpt_writes_it():
@@ -295,6 +296,20 @@ def test_a_files_split_does_not_depend_on_its_neighbours(tmp_path):
     after = load_data(prepare(config(tmp_path, root, val_frac=0.3, name="b")))
     assert set(documents(before.val)) <= set(documents(after.val))
     assert set(documents(before.train)) <= set(documents(after.train))
+
+
+@pytest.mark.parametrize(("sizes", "share"), [
+    ((300_000, 2000, 2000, 2000), 0.05), ((300_000, 2000), 0.05), ((40_000, 41_000), 0.5),
+])
+def test_few_or_unlike_files_are_split_by_their_bytes(tmp_path, sizes, share):
+    for n in range(12):  # names, which whole files are drawn by
+        root = tmp_path / str(n)
+        root.mkdir()
+        for i, size in enumerate(sizes):
+            (root / f"{n}-{i}.txt").write_text(f"line of {i}\n" * (size // 10))
+        data = load_data(prepare(config(tmp_path, root, val_frac=share, name=f"d{n}")))
+        assert 0 < len(data.val) / (len(data.train) + len(data.val)) < 3 * share
+        assert len(data.train) > 0.4 * sum(sizes)
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
