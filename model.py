@@ -15,10 +15,6 @@ where their positions come from and how far they see.
 Shapes: B rows, T query tokens, S key tokens (S >= T: the queries are the last T of them), H query
 heads, G = n_kv_head key/value heads (H % G == 0), d = n_embd, D = d / H, V vocabulary. Attention
 tensors are (B, T, H, D).
-
-In a notebook:
-    model = GPT(ModelConfig(**PRESETS["rnope-swa"], vocab_size=512, n_layer=4, n_embd=128))
-    logits, _ = model(torch.randint(512, (1, 100)))  # (1, 100, 512)
 """
 
 import json
@@ -42,10 +38,7 @@ def flag(default, help, **more):
 
 
 def check_ranges(config):
-    """Hold every field against the choices, least, most and above its flag names: UsageError.
-
-    each: the choices of every item of a comma separated list.
-    """
+    """UsageError where a field breaks choices, each (of a,b), least, above or most of its flag."""
     for f in fields(config):
         value, rule = getattr(config, f.name), f.metadata
         if value not in rule.get("choices", [value]):
@@ -118,8 +111,7 @@ class ModelConfig:
             raise UsageError(f"n_embd={self.n_embd} over n_head={self.n_head}: heads need an even, "
                              "whole width")
         if self.n_head % self.n_kv_head:
-            raise UsageError(f"n_head={self.n_head} is not a multiple of "
-                             f"n_kv_head={self.n_kv_head}")
+            raise UsageError(f"n_head={self.n_head}: not a multiple of n_kv_head={self.n_kv_head}")
         unknown = ", ".join(sorted(set(self.pattern) - set(LAYERS)))
         if unknown or not self.pattern:
             raise UsageError(f"pattern {self.pattern!r}: use letters of {', '.join(LAYERS)}"
@@ -226,10 +218,8 @@ def attend_blocks(q, k, v, window, chunked=False):
     n = -(-(T - first) // block)  # blocks still to do
     pad = (0, 0, 0, 0, 0, n * block - (T - first))  # padded keys come last: they are never seen
     q = F.pad(q[:, first:], pad).unflatten(1, (n, block)).flatten(0, 1)  # (B n, block, H, D)
-    k, v = (
-        F.pad(x[:, end - back :], pad).unfold(1, back + block, block).movedim(-1, 2).flatten(0, 1)
-        for x in (k, v)
-    )  # (B n, back + block, G, D)
+    k, v = (F.pad(x[:, end - back :], pad).unfold(1, back + block, block) for x in (k, v))
+    k, v = (x.movedim(-1, 2).flatten(0, 1) for x in (k, v))  # (B n, back + block, G, D)
     j = torch.arange(back + block, device=q.device)
     rest = sdpa(q, k, v, mask=visible(j[back:, None], j, window, chunked))
     rest = rest.unflatten(0, (-1, n)).flatten(1, 2)[:, : T - first]
@@ -289,24 +279,20 @@ def attend_cached(q, k, v, held, path="auto"):
 # ---- Positions ----------------------------------------------------------------------------------
 
 
-def rotary(start, T, head_dim, theta, device):
-    """cos and signed sin of the RoPE angles at positions start .. start + T - 1: (2, T, 1, D).
+@torch.compiler.assume_constant_result  # or the compiler would redo sin and cos in every kernel
+def rotary(start, T, head_dim, thetas, device):
+    """cos and signed sin of the RoPE angles at start .. start + T - 1: (len(thetas), 2, T, 1, D).
 
     A pair (a, b) of channels turns into (a cos - b sin, b cos + a sin): so the table of sines has
     (-sin, sin) for each pair, to be multiplied with (b, a). Always fp32, and made for the length
     asked for: there is no table to outgrow.
     """
-    freqs = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    power = -torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    freqs = torch.stack([theta**power for theta in thetas])[:, None]  # (thetas, 1, D / 2)
     angles = (start + torch.arange(T, device=device))[:, None].float() * freqs
     cos, sin = angles.cos(), angles.sin()
-    pairs = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)  # (T, D / 2, 2) each
-    return torch.stack(pairs).flatten(2)[:, :, None]
-
-
-@torch.compiler.assume_constant_result  # or the compiler would redo sin and cos in every kernel
-def rotaries(start, T, head_dim, thetas, device):
-    """rotary for each of several bases: (len(thetas), 2, T, 1, D)."""
-    return torch.stack([rotary(start, T, head_dim, theta, device) for theta in thetas])
+    pairs = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)  # (thetas, T, D / 2, 2) each
+    return torch.stack(pairs, 1).flatten(-2)[..., None, :]
 
 
 def rotate(x, cos, sin):
@@ -318,10 +304,10 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of one layer, no more than it can still see: slot = position % size.
 
-    size is the window, or `most`, the number of tokens to come, where the layer sees them all.
+    size is the window, or `most`, the number of tokens to come, where that is less.
     """
 
-    def __init__(self, shape, span, most=math.inf, **like):
+    def __init__(self, shape, span, most, **like):
         self.k, self.v = torch.empty(shape, **like), torch.empty(shape, **like)  # (B, size, G, D)
         self.span, self.most = span, most
 
@@ -355,7 +341,7 @@ class Cache:
         return (start % size if self.span == "chunk" else start).clamp(max=size - 1) + 1
 
     def check(self, tokens):
-        """Refuse to lose what the layer still has to see."""
+        """Refuse more tokens than were announced: a layer that sees all would lose some."""
         if tokens > self.most:
             raise ValueError(f"this cache was made for {self.most} tokens, not {tokens}")
 
@@ -393,7 +379,7 @@ class Attention(nn.Module):
         if self.rope:
             return rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation), v
         # No position signal here: this layer must find tokens by content, at any distance.
-        if q_scale is not None and self.letter == "N":
+        if torch.is_tensor(q_scale) and self.letter == "N":
             # The more keys compete, the sharper the softmax has to be to keep finding one of them.
             q = (q * q_scale[:, None, None]).to(q.dtype)
         return q, k, v
@@ -505,22 +491,19 @@ class GPT(nn.Module):
     def positions(self, T, start=0):
         """What the layers need to know of positions start .. start + T - 1.
 
-        Returns ({theta: rotary(...)}, q_scale): the rotations the R, S and C layers ask for, and
-        the factor (T,) on the queries of N layers, or None. Sources: log_scale, SWAN-GPT
+        Returns ({theta: cos and sin, of rotary}, q_scale): for the R, S and C layers, and the
+        factor (T,) on the queries of N layers, or 1. Sources: log_scale, SWAN-GPT
         (arXiv 2504.08719) and arXiv 2404.12224; attn_scale, Llama 4.
         """
-        c = self.config
-        device = self.wte.weight.device
+        c, device = self.config, self.wte.weight.device
         thetas = tuple(sorted({block.attn.theta for block in self.blocks if block.attn.rope}))
-        rotated = rotaries(start, T, c.head_dim, thetas, device) if thetas else ()
-        rotations = dict(zip(thetas, rotated, strict=True))
-        pos, scale = start + torch.arange(T, device=device), None
+        tables = rotary(start, T, c.head_dim, thetas, device) if thetas else ()
+        pos, scale = start + torch.arange(T, device=device), 1
         if c.log_scale:
             scale = ((pos + 1).log() / math.log(max(2, c.block_size))).clamp(min=1)
         if c.attn_scale:
-            tempered = 1 + c.attn_scale * (1 + (pos + 1) // c.block_size).log()
-            scale = tempered if scale is None else scale * tempered
-        return rotations, scale
+            scale = scale * (1 + c.attn_scale * (1 + (pos + 1) // c.block_size).log())
+        return dict(zip(thetas, tables, strict=True)), scale
 
     def body(self, idx, caches=None, start=0, last=0):
         """idx (B, T) int64 at positions start .. -> the normalised last hidden states (B, T, d).
@@ -585,23 +568,17 @@ class GPT(nn.Module):
 
     def plan(self):
         """The layers in words: `0 S rope window=128 | ... | 3 N nope full`."""
-        return " | ".join(
-            f"{i} {x} {'rope' if LAYERS[x].rope else 'nope'} {LAYERS[x].span}"
-            + (f"={self.config.window}" if LAYERS[x].span != "full" else "")
-            for i, x in enumerate(self.config.layers)
-        )
+        return " | ".join(f"{i} {x} {'rope' if LAYERS[x].rope else 'nope'} {LAYERS[x].span}"
+                          + (f"={self.config.window}" if LAYERS[x].span != "full" else "")
+                          for i, x in enumerate(self.config.layers))
 
     # -- inference -------------------------------------------------------------------------------
 
     def new_caches(self, B, T):
         """Empty caches, one a layer, for B rows of at most T tokens."""
-        c, like = self.config, dict(dtype=self.dtype, device=self.wte.weight.device)
-        caches = []
-        for letter in c.layers:
-            size, span = self.cache_size(letter, T), LAYERS[letter].span
-            most = T if span == "full" or size < c.window else math.inf
-            caches.append(Cache((B, size, c.n_kv_head, c.head_dim), span, most, **like))
-        return caches
+        c = self.config
+        return [Cache((B, self.cache_size(x, T), c.n_kv_head, c.head_dim), LAYERS[x].span, T,
+                      dtype=self.dtype, device=self.wte.weight.device) for x in c.layers]
 
     @torch.no_grad()
     def prefill(self, idx, caches, start=0, slice=4096):
@@ -679,11 +656,9 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         c = self.config
-        unsaid = [name for name in ("qk_norm", "log_scale", "attn_scale") if getattr(c, name)]
-        if unsaid or set(c.layers) - {"S", "N"}:
-            raise UsageError("cohere2 has layers S and N only, and no "
-                             f"{', '.join(unsaid) or 'other'}: a model of pattern {c.pattern} "
-                             "cannot be saved in its format")
+        if c.qk_norm or c.log_scale or c.attn_scale or set(c.layers) - {"S", "N"}:
+            raise UsageError("cohere2 has layers S and N only, no qk_norm, log_scale or attn_scale:"
+                             f" this model of pattern {c.pattern} cannot be saved in its format")
         hf = {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | HF_FIXED
         hf |= dict(
             architectures=["Cohere2ForCausalLM"], head_dim=c.head_dim, dtype="float32",
@@ -722,7 +697,7 @@ class GPT(nn.Module):
         except (OSError, ValueError):
             raise UsageError(f"{folder} holds no readable config.json of a model") from None
         for key, value in HF_FIXED.items():
-            if hf.get(key, value) != value or key == "model_type" and key not in hf:
+            if hf.get(key, value) != value or "model_type" not in hf:
                 raise UsageError(f"{folder} has {key} {hf.get(key)}: only {value} can be read")
         rope = hf.get("rope_parameters") or {k: hf[k] for k in ("rope_theta",) if k in hf}
         if rope.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
@@ -730,21 +705,17 @@ class GPT(nn.Module):
         absent = {*HF_CONFIG.values()} - {*hf} or {"rope_theta"} - {*rope}
         if absent:
             raise UsageError(f"{folder}/config.json does not say {', '.join(sorted(absent))}")
-        n = hf["num_hidden_layers"]
-        every = hf.get("sliding_window_pattern") or 4  # configs older than layer_types
-        kinds = hf.get("layer_types") or [
-            "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)
-        ]
-        letters = "".join("S" if kind == "sliding_attention" else "N" for kind in kinds)
+        n, every = hf["num_hidden_layers"], hf.get("sliding_window_pattern") or 4
+        letters = (("S" * (every - 1) + "N") * n)[:n]  # in configs older than layer_types
+        if hf.get("layer_types"):
+            letters = "".join("S" if x == "sliding_attention" else "N" for x in hf["layer_types"])
         tiles = (letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
         known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
         known |= dict(pattern=next(tiles), rope_theta=rope["rope_theta"])
-        config = ModelConfig(**known | override)
         with torch.device("meta"):  # no weights yet: they are about to be assigned
-            model = GPT(config)
-        weights = {}
-        for shard in sorted(folder.glob("model*.safetensors")):
-            weights |= load_file(shard)
+            model = GPT(ModelConfig(**known | override))
+        shards = map(load_file, sorted(folder.glob("model*.safetensors")))
+        weights = {name: weight for shard in shards for name, weight in shard.items()}
         ours = {name: weights.get(hf_name(name)) for name in model.state_dict()}
         missing = [hf_name(name) for name, weight in ours.items() if weight is None]
         if missing:
@@ -762,9 +733,8 @@ HF_CONFIG = {  # ModelConfig's name of a thing: transformers' Cohere2Config's
     "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "ffn_dim": "intermediate_size",
     "window": "sliding_window", "logit_scale": "logit_scale", "norm_eps": "layer_norm_eps",
 }  # fmt: skip
-HF_FIXED = dict(
-    model_type="cohere2", hidden_act="silu", attention_bias=False, tie_word_embeddings=True
-)
+HF_FIXED = dict(model_type="cohere2", hidden_act="silu", attention_bias=False,
+                tie_word_embeddings=True)
 HF_WEIGHTS = {
     "wte": "embed_tokens", "blocks": "layers", "ln": "input_layernorm", "attn": "self_attn",
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",

@@ -144,9 +144,8 @@ class Machine:
     def put(self, *arrays):
         """Rows of token ids from the host, as int64 tensors on the device."""
         tensors = (torch.from_numpy(a.astype(np.int64)) for a in arrays)
-        if self.cuda:
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return [t.to(self.device) for t in tensors]
+        pinned = (t.pin_memory() if self.cuda else t for t in tensors)
+        return [t.to(self.device, non_blocking=self.cuda) for t in pinned]
 
     def total(self, tensor):
         """Sum over the processes."""
@@ -169,18 +168,15 @@ class Machine:
 def settle(given, base=None):
     """Flags given -> (TrainConfig, ModelConfig): they beat the preset, which beats the scale.
 
-    base is the ModelConfig of the run that --init_from names: the given flags change that one.
+    base, the ModelConfig of the run that --init_from names, stands in the place of the preset.
     """
     scale = given.get("scale", "auto")
     if scale == "auto":
         scale = "gpu" if Machine(given.get("device", "auto")).cuda else "cpu"
-    preset = given.get("preset", TrainConfig.preset)
-    chosen = SCALES.get(scale, {}) | PRESETS.get(preset, {}) | given
-    chosen |= dict(scale=scale, preset=preset)
-    flags = given if base else chosen
-    cfg = TrainConfig(**{f.name: chosen[f.name] for f in fields(TrainConfig) if f.name in chosen})
-    model = {f.name: flags[f.name] for f in fields(ModelConfig) if f.name in flags}
-    model = replace(base, **model) if base else ModelConfig(**model)
+    preset = PRESETS.get(given.get("preset", TrainConfig.preset), {})
+    flags = SCALES.get(scale, {}) | (asdict(base) if base else preset) | given | dict(scale=scale)
+    cfg, model = (kind(**{f.name: flags[f.name] for f in fields(kind) if f.name in flags})
+                  for kind in (TrainConfig, ModelConfig))
     T, long = model.block_size, cfg.long_rows
     if long and (long % T or cfg.batch_size * T % long):
         raise UsageError(f"--long_rows={long}: it must be a multiple of the {T} tokens of a short "
@@ -260,16 +256,14 @@ def prefetch(data, cfg, T, steps, micros):
 @torch.no_grad()
 def evaluate(model, data, cfg, T, machine):
     """Mean loss in nats per token over fixed, evenly spaced windows of val, shared by the ranks."""
-    rows = min(cfg.eval_iters * cfg.batch_size, max(1, len(data.val) // T))
-    starts = np.linspace(0, len(data.val) - T - 1, rows).astype(int)[machine.rank :: machine.world]
-    total = torch.zeros(2, device=machine.device)
+    n = min(cfg.eval_iters * cfg.batch_size, max(1, len(data.val) // T))  # rows of all ranks
+    starts = np.linspace(0, len(data.val) - T - 1, n).astype(int)[machine.rank :: machine.world]
+    total = torch.zeros((), device=machine.device)
     for i in range(0, len(starts), cfg.batch_size):
         rows = data.rows(data.val, starts[i : i + cfg.batch_size], T + 1)
         with machine.autocast():
-            loss = model(*machine.put(rows[:, :-1], rows[:, 1:]))[1]
-        total += torch.stack((loss, torch.ones_like(loss))) * len(rows)
-    loss, n = machine.total(total).tolist()
-    return loss / n
+            total += model(*machine.put(rows[:, :-1], rows[:, 1:]))[1] * len(rows)
+    return machine.total(total).item() / n
 
 
 # ---- Optimisation -------------------------------------------------------------------------------
@@ -313,10 +307,7 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def make_optimizers(model, cfg):
-    """Muon or AdamW for the hidden matrices, AdamW for embeddings and norms. Decay: matrices only.
-
-    One learning rate serves all of them.
-    """
+    """AdamW, or Muon for the hidden matrices, at one learning rate. Decay is on matrices only."""
     lr, decay, betas = cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2)
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     groups = [dict(params=[model.wte.weight], weight_decay=decay),
@@ -371,10 +362,7 @@ def optimise(model, optimizers, batches, lr, cfg, machine):
 
 
 def save_checkpoint(folder, model, optimizers, cfg, meta, step, best):
-    """Write ckpt.pt beside and rename: the one before stays whole until the new one is.
-
-    meta: what meta.json says of the text that the run was trained on.
-    """
+    """Write ckpt.pt beside, then rename: never a half. meta: what meta.json says of the text."""
     state = dict(step=step, best_val_loss=best, model_config=asdict(model.config),
                  train_config=asdict(cfg), model=model.state_dict(), meta=meta,
                  optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
@@ -403,8 +391,7 @@ def load_checkpoint(folder):
         raise UsageError(f"{path} is missing: {folder} holds no run, or none saved yet")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = {f.name for f in fields(TrainConfig)} | {f.name for f in fields(ModelConfig)}
-        state["unsaid"] = sorted(known - {*state["model_config"], *state["train_config"]})
+        state["flags"] = state["model_config"] | state["train_config"]  # as they were saved
         state["model_config"] = ModelConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
         if not {"step", "best_val_loss", "model", "optimizers", "rng", "meta"} <= set(state):
@@ -420,9 +407,8 @@ def load_weights(model, state, source):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
-        raise UsageError(f"the weights of {source} do not fit: only flags that change no shape, "
-                         "such as --block_size, --window, --rope_theta or --log_scale, may differ"
-                         ) from None
+        raise UsageError(f"the weights of {source} do not fit: only flags that change no shape may "
+                         "differ, e.g. --block_size, --window, --rope_theta, --log_scale") from None
 
 
 def load_run(folder, device="cpu", **override):
@@ -465,10 +451,9 @@ def claim(folder):
 def describe(cfg, model, machine):
     """What config.json says of a run: its flags, and what else it takes to do it again."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
+    revision = ""
+    with suppress(OSError, subprocess.SubprocessError):
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = ""
     return dict(train=asdict(cfg), model=asdict(model.config), parameters=model.num_params(),
                 layers=model.plan(), command=" ".join(sys.argv), git=revision or None,
                 device=machine.name, processes=machine.world, torch=torch.__version__)
@@ -547,12 +532,12 @@ def begin(given):
     source = resumed or given.get("init_from")
     state = load_checkpoint(source) if source else None
     if resumed:
-        if state["unsaid"]:
-            raise UsageError(f"{resumed} does not say {', '.join(state['unsaid'])}: another "
-                             "version of train.py made it. Start a second stage from it, with "
-                             "--init_from")
         cfg, model_cfg = replace(state["train_config"], out_dir=resumed), state["model_config"]
-        saved = asdict(cfg) | asdict(model_cfg)
+        saved = state["flags"]
+        unsaid = sorted({*asdict(cfg), *asdict(model_cfg)} - {*saved})
+        if unsaid:
+            raise UsageError(f"{resumed} does not say {', '.join(unsaid)}: another version of "
+                             "train.py made it. Start a second stage from it, with --init_from")
         for name, value in given.items():
             if name not in RESUMABLE and saved[name] != value:
                 raise UsageError(f"--{name}={value} contradicts {resumed}, made with "
@@ -578,15 +563,13 @@ def begin(given):
         model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
     if data.meta["vocab_size"] > model_cfg.vocab_size:
         raise UsageError(f"{data.folder} has {data.meta['vocab_size']} token ids, the model only "
-                         f"{model_cfg.vocab_size}: use the text the run was trained on, or drop "
-                         "--vocab_size")
+                         f"{model_cfg.vocab_size}: use the run's own text, or drop --vocab_size")
     for key in ("train_sha256",) if resumed else ("tokenizer", "ranks"):
         if state and data.meta.get(key) != state["meta"].get(key):
             raise UsageError(f"{data.folder} is not the text, or tokens, that {source} learnt from")
     if cfg.gradient_accumulation_steps % machine.world:
-        steps, n = cfg.gradient_accumulation_steps, machine.world
-        raise UsageError(f"--gradient_accumulation_steps={steps} micro-batches cannot be shared by "
-                         f"{n} processes: use a multiple of {n}")
+        raise UsageError(f"--gradient_accumulation_steps={cfg.gradient_accumulation_steps}: it must"
+                         f" be a multiple of {machine.world}, the number of processes")
     if not resumed:
         out_dir = str(choose_out_dir(cfg, model_cfg.pattern))
         cfg = replace(cfg, out_dir=out_dir, dtype=str(machine.dtype)[6:])
@@ -637,7 +620,7 @@ def train(given):
     for number in STOPS:
         handlers[number] = signal.signal(number, note)
     began = clock = time.time()
-    done, stop, shapes = 0, False, set()  # done: steps since the clock was read
+    done, stop, lengths = 0, False, set()  # done: steps since the clock was read
     batches = prefetch(data, cfg, T, range(step, cfg.max_iters), mine)
     try:
         while step < cfg.max_iters and not stop:
@@ -646,11 +629,11 @@ def train(given):
             loss = optimise(compiled, optimizers, micros, lr, cfg, machine)
             step, done = step + 1, done + 1
             log.bar.update()
-            if micros[0][0].shape not in shapes:
-                machine.clock()  # the first step of a shape compiles: it is timed apart
-                length = micros[0][0].size(1)
+            length = micros[0][0].size(1)
+            if length not in lengths:
+                machine.clock()  # the first step of a length compiles: it is timed apart
                 log.write(f"first step of {length}-token rows took {time.time() - start:.1f} s")
-                shapes.add(micros[0][0].shape)
+                lengths.add(length)
                 clock, done = time.time(), 0
             stop = machine.world == 1 and len(stopped) > 0
             due = step % cfg.eval_interval == 0 or step == cfg.max_iters
@@ -660,14 +643,12 @@ def train(given):
                 mean, stop = (machine.total(torch.stack((loss, signals))) / machine.world).tolist()
                 check_finite(mean, step, folder)
                 log.step(step, mean, lr, done * tokens / (time.time() - clock) if done else None)
-                clock, done = time.time(), 0
-            if due:
-                val = evaluate(model, data, cfg, T, machine)
-                check_finite(val, step, folder)
-                best = min(best, val)
-                log.validation(step, val, val / math.log(2) * tokens_per_byte)
-            if due or stop:
-                if machine.main:
+                if due:
+                    val = evaluate(model, data, cfg, T, machine)
+                    check_finite(val, step, folder)
+                    best = min(best, val)
+                    log.validation(step, val, val / math.log(2) * tokens_per_byte)
+                if machine.main and (due or stop):
                     save_checkpoint(folder, model, optimizers, cfg, data.meta, step, best)
                 clock, done = time.time(), 0
     except RuntimeError as e:
@@ -684,16 +665,15 @@ def train(given):
             os.close(lock)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if machine.main and step < cfg.max_iters:
-        print(f"stopped at step {step}: python train.py --resume --out_dir={folder} goes on")
-    elif machine.main:
-        print(f"done in {time.time() - began:.0f} s: python sample.py {folder}")
+    cut = step < cfg.max_iters  # here or, its signal not being told, on another rank
+    if machine.main:
+        print(f"stopped at step {step}: python train.py --resume --out_dir={folder} goes on" if cut
+              else f"done in {time.time() - began:.0f} s: python sample.py {folder}")
     if machine.world > 1:
         dist.destroy_process_group()
         # Gloo's threads may need the GIL to let go of the last tensors, and freeing the DDP model
         # waits for them with the GIL held: some runs never ended (pytorch/pytorch#56297).
         time.sleep(0.5)
-    cut = step < cfg.max_iters  # here or, its signal not being told, on another rank
     return folder, (stopped or [signal.SIGTERM])[0] if cut else 0
 
 
@@ -715,12 +695,10 @@ def bench(given):
     if not re.fullmatch(r"(\d+(,\d+)*)?", cfg.bench_lengths):
         raise UsageError(f"--bench_lengths={cfg.bench_lengths}: give numbers, as in 1024,8192")
     lengths = [int(n) for n in (cfg.bench_lengths or str(base.block_size)).split(",")]
-    jobs = [
-        settle(given | dict(block_size=T, attention=path, preset=preset))
-        for T in lengths
-        for path in (cfg.bench_paths or base.attention).split(",")
-        for preset in cfg.bench.split(",")
-    ]  # all of them now: a wrong name is to fail before minutes of timing, not after
+    # All of them now: a wrong name is to fail before minutes of timing, not after.
+    jobs = [settle(given | dict(block_size=T, attention=path, preset=preset)) for T in lengths
+            for path in (cfg.bench_paths or base.attention).split(",")
+            for preset in cfg.bench.split(",")]
     budget = cfg.batch_size * base.block_size  # tokens of a step, at every length
     print(f"{machine.name}, {str(machine.dtype)[6:]}, torch {torch.__version__}, {cfg.optimizer}\n")
     print("| T | rows | path | preset | window | tok/s | MFU | peak GB | x rope | FLOPs allow |")
@@ -769,11 +747,9 @@ def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
             torch.cuda.reset_peak_memory_stats()
     step = float(np.median(times[2:]))  # the first two compile and fill the allocator
     rate, flops = rows * model_cfg.block_size / step, model.flops_per_token(model_cfg.block_size)
-    return dict(
-        tokens_per_second=rate, step_seconds=step, first_step_seconds=times[0],
-        flops_per_token=flops, mfu=rate * flops / (machine.peak_flops() or math.inf),
-        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None,
-    )  # fmt: skip
+    return dict(tokens_per_second=rate, step_seconds=step, first_step_seconds=times[0],
+                flops_per_token=flops, mfu=rate * flops / (machine.peak_flops() or math.inf),
+                peak_gb=torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None)
 
 
 def main(argv):

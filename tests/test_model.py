@@ -195,14 +195,14 @@ def turned(x, start, theta):
 
 def test_rope_turns_neighbouring_pairs_by_position_times_frequency():
     x = torch.randn(2, 7, 3, 8)
-    y = m.rotate(x, *m.rotary(1000, 7, 8, 500.0, "cpu"))
+    y = m.rotate(x, *m.rotary(1000, 7, 8, (500.0,), "cpu")[0])
     torch.testing.assert_close(y.double(), turned(x, 1000, 500.0), atol=1e-4, rtol=1e-4)
 
 
 def test_angles_stay_exact_in_a_half_precision_model():
     """In bfloat16, position 200,001 is position 199,680."""
     x = torch.randn(1, 7, 2, 8).bfloat16()
-    y = m.rotate(x, *m.rotary(200_000, 7, 8, 1e4, "cpu"))
+    y = m.rotate(x, *m.rotary(200_000, 7, 8, (1e4,), "cpu")[0])
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), turned(x, 200_000, 1e4), atol=0.03, rtol=0.02)
 
