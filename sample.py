@@ -422,7 +422,7 @@ def plain(axis, **labels):
     axis.set(**labels)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=1 + len(axis.lines) // 16)
 
 
 def draw(lines, cfg, path):
