@@ -341,7 +341,7 @@ class Cache:
         return (start % size if self.span == "chunk" else start).clamp(max=size - 1) + 1
 
     def check(self, tokens):
-        """Refuse more tokens than were announced: a layer that sees all would lose some."""
+        """Refuse more tokens than were announced, on every layer: those that see all lose some."""
         if tokens > self.most:
             raise ValueError(f"this cache was made for {self.most} tokens, not {tokens}")
 

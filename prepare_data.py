@@ -427,7 +427,8 @@ def split_files(files, val_frac):
     total = sum(file.stop for file in files)
     held_out = max(val_frac, min(draw(file.key) for file in files))  # one at least
     val = [file for file in files if draw(file.key) <= held_out]
-    if len(val) < len(files) and sum(file.stop for file in val) <= 3 * val_frac * total:
+    most = min(3 * val_frac, (1 + val_frac) / 2) * total
+    if len(val) < len(files) and sum(file.stop for file in val) <= most:
         return [file for file in files if draw(file.key) > held_out], val
     *rest, file = sorted(files, key=lambda file: (file.stop, file.key))
     cut = int(file.stop - min(val_frac * total, max(val_frac, 0.5) * file.stop))

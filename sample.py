@@ -348,8 +348,8 @@ def lines_of(runs):
     groups, lines, known = defaultdict(list), {}, Counter()
     for run in runs:
         same = asdict(run.train) | asdict(run.model.config) | dict.fromkeys(["seed", *RESUMABLE])
-        # A second stage: of first ones that are called alike but for a number, NAME-1 and NAME-2.
-        same["init_from"] = re.sub(r"\d+/?$", "", run.train.init_from)
+        # A second stage: of first ones called alike but for a number, NAME or NAME-1 and NAME-2.
+        same["init_from"] = re.sub(r"[-_]?\d*/?$", "", run.train.init_from)
         known[str(same), run.train.seed] += 1  # a seed that comes again begins a line of its own
         groups[str(same), known[str(same), run.train.seed]].append(run)
     for group in groups.values():

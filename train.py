@@ -77,7 +77,7 @@ class TrainConfig:
     beta2: float = flag(0.95, "AdamW", least=0, most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", least=0)
     eval_interval: int = flag(500, "steps between evaluations, each followed by a save", least=1)
-    eval_iters: int = flag(10, "batches of an evaluation, the same for a batch_size", least=1)
+    eval_iters: int = flag(10, "batches of an evaluation, at one batch_size the same", least=1)
     log_interval: int = flag(10, "steps between lines of log.jsonl", least=1)
     seed: int = flag(1337, "of the weights, the batches, the facts", least=0, most=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -198,8 +198,8 @@ def make_batch(data, cfg, T, step, micro):
     """Rows of training text, some with planted facts: two arrays (rows, tokens), inputs, targets.
 
     A long row has the facts and questions of the T-token rows it stands for, so the share of the
-    tokens that ask for retrieval is the same at every length. A pure function of (cfg.seed, step,
-    micro), whoever asks and whenever; of a second stage, another one.
+    tokens that ask for retrieval is the same at every length (but for `words`: once a row). A
+    pure function of (cfg.seed, step, micro), whoever asks and whenever; another one with init_from.
     """
     rng, asking = np.random.default_rng((cfg.seed, step, micro, bool(cfg.init_from))), cfg.asking()
     count, length = step_shape(step, cfg, T)
@@ -442,6 +442,7 @@ def claim(folder):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(lock)
         raise UsageError(f"another process trains in {folder}: name another --out_dir") from None
     except OSError:  # a file system without locks
         pass

@@ -461,10 +461,12 @@ def test_a_second_stage_is_no_seed_of_the_first(variant, capsys):
     assert set(table_rows(capsys.readouterr().out, "bits per byte")) == {"run", "---", "one", "two"}
 
 
-def test_seeds_of_a_second_stage_become_one_line_too(variant, capsys):
-    runs = [variant(f"long-{s}", train=dict(seed=s, init_from=f"out/short-{s}")) for s in (1, 2)]
+@pytest.mark.parametrize("first", [("short-1", "short-2"), ("short", "short-2")])
+def test_second_stages_of_seeds_are_seeds_however_they_were_numbered(variant, capsys, first):
+    runs = [variant(f"long-{s}", train=dict(seed=s, init_from=f"out/{name}"))
+            for s, name in enumerate(first)]
     ask(runs, "--probe=loss", "--max_multiple=1")
-    assert "long-1 (2 seeds)" in table_rows(capsys.readouterr().out, "bits per byte")
+    assert "long-0 (2 seeds)" in table_rows(capsys.readouterr().out, "bits per byte")
 
 
 def test_second_stages_of_different_first_ones_are_no_seeds(variant, capsys):
