@@ -781,9 +781,9 @@ def check_room(enc, names, sizes, room):
 
 
 def together(tasks):
-    """Several tasks as one, for one row."""
+    """Several tasks as one, for one row. Of those that ask alike, such as "Most often:", one."""
     facts, turns, asked, chains = [], [], [], []
-    for task in tasks:
+    for task in {task.turns[0][0].tobytes(): task for task in tasks}.values():
         n = len(facts)  # where the indices of this one begin
         asked += [n + i for i in task.asked]
         chains += [[n + i for i in links] for links in task.chains]

@@ -207,8 +207,6 @@ def make_batch(data, cfg, T, step, micro):
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
         if n:
             tasks = [prepare_data.draw_task(data.enc, rng, *asking, T) for _ in range(n)]
-            # Of two that ask alike, such as "Most often:", one: there would be two answers.
-            tasks = {task.turns[0][0].tobytes(): task for task in tasks}.values()
             rows[r] = prepare_data.plant(rows[r], prepare_data.together(tasks), rng).row
     return rows[:, :-1], rows[:, 1:]
 
