@@ -291,7 +291,8 @@ class BatchedMuon(torch.optim.Muon):
             moments = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, moments, group["momentum"])
-            x = torch.stack([u.mT if len(u) > short else u for u in updates]).bfloat16()
+            x = torch.stack([u.mT if len(u) > short else u for u in updates])
+            x = x.bfloat16() if x.is_cuda else x  # many a CPU takes 15 times as long in bfloat16
             x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
             a, b, c = group["ns_coefficients"]  # Newton-Schulz: all singular values go towards 1
             for _ in range(group["ns_steps"]):

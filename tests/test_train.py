@@ -181,9 +181,25 @@ def test_batched_muon_takes_the_steps_of_torchs_muon():
         single.step()
         for a, b, old in zip(ours, theirs, before, strict=True):
             moved = (b - old).norm()
-            assert (a - b).norm() < 0.02 * moved  # both compute in bfloat16
+            assert (a - b).norm() < 0.03 * moved  # torch's computes in bfloat16
             assert moved > 0.1
     assert batched.state_dict()["state"].keys() == single.state_dict()["state"].keys()
+
+
+def test_muon_computes_in_float32_on_a_cpu():
+    """In bfloat16, processors without instructions for it took 15 times as long over a step."""
+    torch.manual_seed(0)
+    p, grad = torch.zeros(16, 24, requires_grad=True), torch.randn(16, 24)
+    muon = train.BatchedMuon([p], 1.0, 0.0)
+    a, b, c = muon.param_groups[0]["ns_coefficients"]
+    p.grad = grad.clone()
+    muon.step()
+    x = grad.double() / grad.double().norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    exact = -0.2 * 24**0.5 * x
+    assert (p - exact).norm() < 1e-4 * exact.norm()
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
