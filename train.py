@@ -652,6 +652,13 @@ def train(given):
                 if machine.main and (due or stop):
                     save_checkpoint(folder, model, optimizers, cfg, data.meta, step, best)
                 clock, done = time.time(), 0
+    except RuntimeError as e:
+        gone = r"onnection|closed by peer|[Tt]imed? ?out|NCCL"
+        if machine.world == 1 or not re.search(gone, str(e)):
+            raise
+        raise UsageError(f"rank {machine.rank} lost another process at step {step} "
+                         f"({str(e).splitlines()[0]}): see what that one said, then --resume "
+                         f"--out_dir={folder}") from None
     finally:
         batches.close()
         log.bar.close()
@@ -751,15 +758,7 @@ def main(argv):
     given = prepare_data.parse_flags([TrainConfig, ModelConfig], argv, __doc__, epilog=described)
     if given.get("bench"):
         return bench(given)
-    try:
-        folder, signalled = train(given)
-    except RuntimeError as e:
-        gone = r"onnection|closed by peer|[Tt]imed? ?out|NCCL"
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not re.search(gone, str(e)):
-            raise
-        raise UsageError(f"rank {os.environ['RANK']} lost another process "
-                         f"({str(e).splitlines()[0]}): see what that one said; --resume goes on "
-                         "with a run that had begun") from None
+    folder, signalled = train(given)
     if signalled:
         sys.exit(128 + signalled)  # as a shell counts it: `train && sample` is not to go on
     return folder

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import ROOT, TINY
 
-from train import claim, load_checkpoint
+from train import load_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 3))  # KILLS=30 is the full loop
 
@@ -123,18 +123,13 @@ def test_a_run_whose_batches_are_no_longer_made_says_so(data_dir, tmp_path):
     load_checkpoint(tmp_path / "run")
 
 
-def start_two(data_dir, folder, *flags):
-    """Two ranks of one run, as torchrun starts them."""
+def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    flags = ["--max_iters=100000", "--gradient_accumulation_steps=2", *flags]
-    return [start(data_dir, folder, *flags, RANK=r, LOCAL_RANK=r, **env) for r in "01"]
-
-
-def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path):
-    ranks = start_two(data_dir, tmp_path / "run", "--eval_interval=10")
+    flags = ["--max_iters=100000", "--gradient_accumulation_steps=2", "--eval_interval=10"]
+    ranks = [start(data_dir, tmp_path / "run", *flags, RANK=r, LOCAL_RANK=r, **env) for r in "01"]
     wait_for((tmp_path / "run" / "ckpt.pt").exists, *ranks)
     ranks[1].kill()
     _, err = ranks[0].communicate(timeout=60)
@@ -142,17 +137,6 @@ def test_when_one_rank_dies_the_other_ends_with_a_clear_line(data_dir, tmp_path)
     assert ranks[0].returncode == 2
     assert "train.py: rank 0 lost another process" in err and "Traceback" not in err
     load_checkpoint(tmp_path / "run")
-
-
-def test_when_one_rank_is_refused_the_others_end_with_a_clear_line(data_dir, tmp_path):
-    (tmp_path / "run").mkdir()
-    lock = claim(tmp_path / "run")
-    ranks = start_two(data_dir, tmp_path / "run")
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    os.close(lock)
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert "another process trains in" in said[0] and "Traceback" not in said[0]
-    assert "rank 1 lost another process" in said[1] and "Traceback" not in said[1]
 
 
 def test_a_long_run_keeps_its_memory_and_its_files(data_dir, tmp_path):
