@@ -199,10 +199,9 @@ def make_batch(data, cfg, T, step, micro):
 
     A long row has the facts and questions of the T-token rows it stands for, so the share of the
     tokens that ask for retrieval is the same at every length (but for `words`: once a row). A
-    pure function of (cfg.seed, cfg.init_from, step, micro), whoever asks and whenever.
+    pure function of (cfg.seed, step, micro), whoever asks and whenever; another one with init_from.
     """
-    stage = cfg.init_from.encode()  # bytes: numbers, none of them in a first stage
-    rng, asking = np.random.default_rng((cfg.seed, step, micro, *stage)), cfg.asking()
+    rng, asking = np.random.default_rng((cfg.seed, step, micro, bool(cfg.init_from))), cfg.asking()
     count, length = step_shape(step, cfg, T)
     rows = data.rows(data.train, rng.integers(0, len(data.train) - length, count), length + 1)
     for r, n in enumerate(rng.binomial(length // T, cfg.needle_frac, count).tolist()):
