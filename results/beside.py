@@ -1,15 +1,17 @@
-"""Our models beside nanoGPT's and nanochat's on one device: the two tables of results/speed.md.
+"""Our models beside nanoGPT's and nanochat's on one device: two tables of results/speed.md.
 
     git clone https://github.com/karpathy/nanoGPT out/peers/nanoGPT
     git clone https://github.com/karpathy/nanochat out/peers/nanochat
-    python results/beside.py nanogpt rope rnope-swa --n_layer=12 --n_embd=768 --n_head=12 \\
-        --vocab_size=50304 --window=256 --optimizer=adamw --batch_size=64  # whole steps
-    python results/beside.py nanogpt nanochat rnope-swa --seconds=120      # quality for the time
+    git -C out/peers/nanoGPT checkout 3adf61e
+    git -C out/peers/nanochat checkout 92d63d4
+    python results/beside.py nanogpt rope --n_layer=12 --n_embd=768 --n_head=12 \\
+        --vocab_size=50304 --optimizer=adamw --batch_size=64          # whole steps
+    python results/beside.py nanogpt rnope-swa --seconds=120          # quality for the time
 
 Without --seconds: the median time of a training step on random tokens. With it, each model trains
-on the same dataset for so long after compiling, and is scored on the validation text. Each has its
-own optimizer: nanoGPT's and ours go through train.py's schedule by share of the time, nanochat
-through its own. The checkouts are imported as they are, and nothing of them is kept here.
+on one dataset for so long after compiling, and is scored on the validation text. nanoGPT's and ours
+go through train.py's schedule by share of the time, with the flags given; nanochat has its own
+optimizer and schedules. The checkouts are imported as they are; nothing of them is kept here.
 """
 
 import contextlib
@@ -17,8 +19,10 @@ import copy
 import io
 import json
 import math
+import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,9 @@ import prepare_data
 import train
 from model import GPT, PRESETS, ModelConfig, UsageError, check_ranges, flag
 
-NAMES = ("nanogpt", "nanochat", *PRESETS)
+PEERS = {"nanogpt": ("nanoGPT", "model.py"), "nanochat": ("nanochat", "nanochat/gpt.py")}
+NAMES = (*PEERS, *PRESETS)
+SHARES = 10**6  # of the time: what a schedule takes for its steps
 
 
 @dataclass
@@ -38,100 +44,157 @@ class BesideConfig:
     names: tuple[str, ...] = flag((), "of " + ", ".join(NAMES), positional=True)
     peers: str = flag("out/peers", "folder with the checkouts nanoGPT and nanochat")
     seconds: float = flag(0.0, "train for so long, then score; 0: time steps", least=0)
-    steps: int = flag(20, "to take the median of", least=1)
-    score_rows: int = flag(2048, "rows of the validation text that a score is the mean of", least=1)
+    steps: int = flag(20, "to take the median of, without --seconds", least=1)
+    data: str = flag("data/python", "prepared dataset to train on, with --seconds")
+    score_rows: int = flag(2048, "rows of validation text that a score is the mean of", least=1)
+    batch_size: int = flag(32, "rows of a step", least=1)
+    optimizer: str = flag("muon", "of our hidden matrices", choices=("muon", "adamw"))
+    learning_rate: float = flag(2e-3, "peak, but for nanochat", above=0)
+    seed: int = flag(1, "of weights and rows", least=0, most=2**63 - 1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = flag("auto", "bfloat16 on CUDA if auto", choices=("auto", "float32", "bfloat16"))
     out: str = flag("", "file for the numbers, as JSON; empty: none")
 
     def __post_init__(self):
         check_ranges(self)
         if not self.names or set(self.names) - set(NAMES):
             raise UsageError(f"name models to compare, of {', '.join(NAMES)}")
+        for name in set(self.names) & set(PEERS):
+            folder = Path(self.peers) / PEERS[name][0]
+            if not (folder / PEERS[name][1]).exists():
+                raise UsageError(f"{folder} holds no checkout: git clone "
+                                 f"https://github.com/karpathy/{folder.name} {folder}")
 
 
-def import_peer(folder, needed):
-    """Put a checkout on the path, or say where to get it."""
-    if not (folder / needed).exists():
-        raise UsageError(f"{folder} holds no checkout: git clone "
-                         f"https://github.com/karpathy/{folder.name} {folder}")
+@contextlib.contextmanager
+def importing(folder, *hidden):
+    """Import from a checkout, whose modules may be called like ours; leave no trace of the path."""
+    mine = {name: sys.modules.pop(name) for name in hidden}
     sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.update(mine)
 
 
-def ours(name, cfg, shape, machine, peers):
-    net = GPT(replace(shape, **PRESETS[name])).to(machine.device)
-    compiled, optimizers = train.compile_model(net, cfg, machine), train.make_optimizers(net, cfg)
+class Text:
+    """Rows of a dataset's tokens on the device, drawn from train and scored on val."""
+
+    def __init__(self, data, T, seed, device):
+        # int32, since indexing a uint16 tensor is not to be had on every device.
+        self.train, self.val = (torch.from_numpy(np.array(part, np.int32)).to(device)
+                                for part in (data.train, data.val))
+        self.bytes_per_token = data.meta["val_bytes"] / data.meta["val_tokens"]
+        self.T, self.generator = T, torch.Generator(device).manual_seed(seed)
+
+    def rows(self, part, starts):
+        rows = part[starts[:, None] + torch.arange(self.T + 1, device=part.device)].long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def draw(self, n):
+        most, device = len(self.train) - self.T - 1, self.train.device
+        starts = torch.randint(most, (n,), device=device, generator=self.generator)
+        return self.rows(self.train, starts)
+
+    @torch.no_grad()
+    def score(self, loss, n, batch_size):
+        """Bits per byte of n rows of val, evenly spaced. loss(x, y): mean nats of a batch."""
+        starts = np.linspace(0, len(self.val) - self.T - 1, n).astype(np.int64)
+        total = 0.0
+        for part in torch.from_numpy(starts).to(self.val.device).split(batch_size):
+            total += loss(*self.rows(self.val, part)).item() * len(part)
+        return total / n / math.log(2) / self.bytes_per_token
+
+
+# A contender: (model, optimizers, step(batch, share of the time gone, steps so far), loss(x, y)).
+
+
+def contend(net, optimizers, compiled, cfg, machine):
+    """A contender under train.py's autocast, clipping and schedule: 2 % warm-up, then a cosine."""
+    schedule = train.TrainConfig(learning_rate=cfg.learning_rate, max_iters=SHARES,
+                                 warmup_iters=SHARES // 50)
 
     def step(batch, share, n):
-        lr = train.learning_rate(share * cfg.max_iters, cfg)
-        return train.optimise(compiled, optimizers, [batch], lr, cfg, machine)
+        lr = train.learning_rate(share * SHARES, schedule)
+        return train.optimise(compiled, optimizers, [batch], lr, schedule, machine)
 
-    return net, step, lambda x, y: compiled(x, y)[1], optimizers
+    def loss(x, y):
+        with machine.autocast():
+            return compiled(x, y)[1]
+
+    return net, optimizers, step, loss
 
 
-def nanogpt(name, cfg, shape, machine, peers):
-    import_peer(peers / "nanoGPT", "model.py")
-    mine = sys.modules.pop("model")  # its file is called like ours
-    try:
-        import model as theirs
-    finally:
-        sys.modules["model"] = mine
-    net = theirs.GPT(theirs.GPTConfig(
+def ours(cfg, shape, machine):
+    net = GPT(shape).to(machine.device)
+    about = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate)
+    compiled = train.compile_model(net, about, machine)
+    return contend(net, train.make_optimizers(net, about), compiled, cfg, machine)
+
+
+def nanogpt(cfg, shape, machine):
+    with importing(Path(cfg.peers) / "nanoGPT", "model"):
+        from model import GPT as Theirs
+        from model import GPTConfig
+    net = Theirs(GPTConfig(
         block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
         n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False)).to(machine.device)
-    optimizer = net.configure_optimizers(cfg.weight_decay, cfg.learning_rate,
-                                         (cfg.beta1, cfg.beta2), machine.device.type)
-    compiled = torch.compile(net) if machine.cuda else net
-
-    def step(batch, share, n):
-        lr = train.learning_rate(share * cfg.max_iters, cfg)
-        return train.optimise(compiled, [optimizer], [batch], lr, cfg, machine)
-
-    return net, step, lambda x, y: compiled(x, y)[1], [optimizer]
+    betas, device = (0.9, 0.95), machine.device.type
+    optimizer = net.configure_optimizers(0.1, cfg.learning_rate, betas, device)
+    return contend(net, [optimizer], torch.compile(net) if machine.cuda else net, cfg, machine)
 
 
-def nanochat(name, cfg, shape, machine, peers):
-    """With the schedules of its scripts/base_train.py, by share of the time; no windows."""
-    import_peer(peers / "nanochat", "nanochat/gpt.py")
-    from nanochat.gpt import GPT as Theirs
-    from nanochat.gpt import GPTConfig
+def nanochat_schedule(share, n):
+    """base_train.py's, by share of the time: factor on the rates, Muon's momentum, on its decay."""
+    left = min(1.0, (1 - share) / 0.65)  # of the last 65 %, in which the rates fall
+    rate = (n + 1) / 40 if n < 40 else left + (1 - left) * 0.05
+    momentum = 0.85 + 0.12 * n / 400 if n < 400 else 0.90 + 0.07 * left
+    return rate, momentum, (1 + math.cos(math.pi * share)) / 2
 
-    heads = max(1, shape.n_embd // 128)  # of 128, its default
+
+def nanochat(cfg, shape, machine):
+    """All layers full: without FlashAttention-3 its windows are masks, and slower than none."""
+    if shape.n_embd % 128:
+        raise UsageError(f"--n_embd={shape.n_embd}: nanochat has heads of 128")
+    os.environ["NANOCHAT_DTYPE"] = str(machine.dtype)[6:]
+    with importing(Path(cfg.peers) / "nanochat"):
+        from nanochat.gpt import GPT as Theirs
+        from nanochat.gpt import GPTConfig
+    heads, T = shape.n_embd // 128, shape.block_size
     with torch.device("meta"):
         net = Theirs(GPTConfig(
-            sequence_len=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
-            n_head=heads, n_kv_head=heads, n_embd=shape.n_embd, window_pattern="L"))
+            sequence_len=T, vocab_size=shape.vocab_size, n_layer=shape.n_layer, n_head=heads,
+            n_kv_head=heads, n_embd=shape.n_embd, window_pattern="L"))
     net.to_empty(device=machine.device)
     net.init_weights()
-    # Its rates are for 2^19 tokens a step; its decay for a d12 trained on 12 tokens a weight, here
-    # for the 200M tokens that two minutes are.
-    s = math.sqrt(cfg.batch_size * shape.block_size / 2**19)
-    decay = 0.28 * s * 12 * (12 * 12 * 768**2 + 32768 * 768) / 2e8
+    # Its rates are for 2^19 tokens a step, its decay for a d12 that sees 12 tokens a weight: here
+    # it sees 200M in two minutes, as 25M parameters do on an H100.
+    s, seen = math.sqrt(cfg.batch_size * T / 2**19), 2e8 * (cfg.seconds or 120) / 120
+    decay = 0.28 * s * 12 * (12 * 12 * 768**2 + 32768 * 768) / seen
     optimizer = net.setup_optimizer(unembedding_lr=0.008 * s, embedding_lr=0.3 * s,
                                     scalar_lr=0.5 * s, matrix_lr=0.02 * s, weight_decay=decay)
     compiled = torch.compile(net, dynamic=False) if machine.cuda else net
 
     def step(batch, share, n):
-        left = min(1.0, (1 - share) / 0.65)  # of the warm-down, its last 65 %
-        lr = (n + 1) / 40 if n < 40 else left + (1 - left) * 0.05
-        momentum = 0.85 + 0.12 * n / 400 if n < 400 else 0.90 + 0.07 * left
+        rate, momentum, share_of_decay = nanochat_schedule(share, n)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr
+            group["lr"] = group["initial_lr"] * rate
             if group["kind"] == "muon":
-                group["momentum"] = momentum
-                group["weight_decay"] = decay * (1 + math.cos(math.pi * share)) / 2
+                group["momentum"], group["weight_decay"] = momentum, decay * share_of_decay
         loss = compiled(*batch)
         loss.backward()
         optimizer.step()
         net.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return net, step, compiled, [optimizer]
+    return net, [optimizer], step, compiled
 
 
-def time_steps(contender, draw, cfg, about, machine):
-    """Seconds of a step, the median of some after three."""
-    net, step, _, _ = contender
-    batch, times = draw(cfg.batch_size), []
-    for n in range(3 + about.steps):
+def time_steps(contender, batch, cfg, machine):
+    """The median time of a step, of cfg.steps after three."""
+    step, times = contender[2], []
+    for n in range(3 + cfg.steps):
         if n == 3 and machine.cuda:
             torch.cuda.reset_peak_memory_stats()
         began = machine.clock()
@@ -142,78 +205,69 @@ def time_steps(contender, draw, cfg, about, machine):
                 peak_gb=torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None)
 
 
-def train_for(contender, draw, score, cfg, about, machine):
-    """Train for about.seconds of the clock after compiling, then score."""
-    net, step, loss, optimizers = contender
-    kept = copy.deepcopy([net.state_dict(), *(o.state_dict() for o in optimizers)])
-    step(draw(cfg.batch_size), 0.0, 0)  # compiles; then all is put back, the optimizers' state too
-    score(loss)
-    for thing, state in zip([net, *optimizers], kept, strict=True):
+def warm_up(contender, text, cfg):
+    """Compile all that training and scoring need, then put everything back."""
+    net, optimizers, step, loss = contender
+    things = [net, *optimizers]
+    kept = copy.deepcopy([thing.state_dict() for thing in things])
+    step(text.draw(cfg.batch_size), 0.0, 0)
+    text.score(loss, cfg.score_rows, cfg.batch_size)
+    for thing, state in zip(things, kept, strict=True):
         thing.load_state_dict(state)
+
+
+def train_for(contender, text, cfg, machine):
+    """Train for cfg.seconds of the clock after compiling, then score."""
+    _, _, step, loss = contender
+    warm_up(contender, text, cfg)
     began, n, spent = machine.clock(), 0, 0.0
-    while spent < about.seconds:
-        step(draw(cfg.batch_size), min(1.0, spent / about.seconds), n)
+    while spent < cfg.seconds:
+        step(text.draw(cfg.batch_size), spent / cfg.seconds, n)
         n += 1
-        # Asking for the time waits for the device: only now and then, guessed in between.
-        spent = machine.clock() - began if n % 10 == 0 or n < 10 else spent * (n + 1) / n
-    spent = machine.clock() - began
-    tokens = n * cfg.batch_size * draw.T
+        # The clock waits for the device: it is read now and then, and guessed in between.
+        read = n < 10 or n % 10 == 0
+        spent = machine.clock() - began if read else spent * n / (n - 1)
+    spent, tokens = machine.clock() - began, n * cfg.batch_size * text.T
     return dict(seconds=spent, steps=n, tokens=tokens, tokens_per_second=tokens / spent,
-                bits_per_byte=score(loss))
+                bits_per_byte=text.score(loss, cfg.score_rows, cfg.batch_size))
 
 
 def main(argv):
-    kinds = [BesideConfig, train.TrainConfig, ModelConfig]
-    given = prepare_data.parse_flags(kinds, argv, __doc__)
-    about = BesideConfig(**{k: given.pop(k) for k in list(given) if hasattr(BesideConfig, k)})
-    machine = train.Machine(given.get("device", "auto"), given.get("dtype", "auto"))
-    cfg, shape = train.settle(dict(vocab_size=320) | given)
-    cfg = replace(cfg, warmup_iters=max(1, cfg.max_iters // 50))  # 2 % of the time
-    T, device = shape.block_size, machine.device
-    if about.seconds:
-        data = train.open_dataset(cfg, T)
-        texts = [torch.from_numpy(np.array(t)).to(device) for t in (data.train, data.val)]
-        scale = data.meta["val_tokens"] / data.meta["val_bytes"] / math.log(2)
-    generator = torch.Generator(device)
-
-    def rows_at(text, starts):
-        rows = text[starts[:, None] + torch.arange(T + 1, device=device)].long()
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def draw(rows):
-        if not about.seconds:
-            shapes = rows, T
-            return tuple(torch.randint(shape.vocab_size, shapes, device=device) for _ in "xy")
-        most = len(texts[0]) - T - 1
-        return rows_at(texts[0], torch.randint(most, (rows,), device=device, generator=generator))
-
-    @torch.no_grad()
-    def score(loss):
-        starts = torch.linspace(0, len(texts[1]) - T - 1, about.score_rows, device=device).long()
-        nats = 0.0
-        for part in starts.split(cfg.batch_size):
-            with machine.autocast():
-                nats += loss(*rows_at(texts[1], part)).item() * len(part)
-        return nats / len(starts) * scale
-
-    draw.T, found = T, []
-    for name in about.names:
+    given = prepare_data.parse_flags([BesideConfig, ModelConfig], argv, __doc__)
+    cfg = BesideConfig(**{f.name: given.pop(f.name) for f in fields(BesideConfig)
+                          if f.name in given})
+    machine = train.Machine(cfg.device, cfg.dtype)
+    data = prepare_data.load_data(Path(cfg.data)) if cfg.seconds else None
+    known = data.meta["vocab_size"] if data else 320
+    given = dict(vocab_size=-(-known // 64) * 64) | given
+    if data and given["vocab_size"] < known:
+        raise UsageError(f"{cfg.data} has {known} token ids: drop --vocab_size")
+    # All of them now: a wrong flag is to fail before minutes of training. Peers take the sizes.
+    shapes = [ModelConfig(**PRESETS.get(name, dict(pattern="R")) | given) for name in cfg.names]
+    if cfg.out:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, shape in zip(cfg.names, shapes, strict=True):
         torch.manual_seed(cfg.seed)
-        generator.manual_seed(cfg.seed)
         torch.compiler.reset()
         make = dict(nanogpt=nanogpt, nanochat=nanochat).get(name, ours)
-        with contextlib.redirect_stdout(io.StringIO()):  # they tell of their parameter groups
-            contender = make(name, cfg, shape, machine, Path(about.peers))
-        measured = (train_for(contender, draw, score, cfg, about, machine) if about.seconds
-                    else time_steps(contender, draw, cfg, about, machine))
-        row = dict(name=name, parameters=sum(p.numel() for p in contender[0].parameters()))
-        found.append(row | measured)
-        print(json.dumps(found[-1]), flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # they tell of their groups of weights
+            contender = make(cfg, shape, machine)
+        if data:
+            text = Text(data, shape.block_size, cfg.seed, machine.device)
+            found = train_for(contender, text, cfg, machine)
+        else:
+            at_random = partial(torch.randint, shape.vocab_size, device=machine.device)
+            batch = [at_random((cfg.batch_size, shape.block_size)) for _ in "xy"]
+            found = time_steps(contender, batch, cfg, machine)
+        parameters = sum(p.numel() for p in contender[0].parameters())
+        rows.append(dict(name=name, parameters=parameters) | found)
+        print(json.dumps(rows[-1]), flush=True)
+        if cfg.out:
+            how = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__,
+                       settings=asdict(cfg), sizes=given, rows=rows)
+            prepare_data.write_atomically(Path(cfg.out), json.dumps(how, indent=1))
         del contender
-    if about.out:
-        how = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
-        text = json.dumps(how | dict(rows=found), indent=1)
-        prepare_data.write_atomically(Path(about.out), text)
 
 
 if __name__ == "__main__":
