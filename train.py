@@ -730,6 +730,22 @@ def bench(given):
         prepare_data.write_atomically(Path(cfg.out_dir) / "bench.json", text)
 
 
+def clock_steps(step, machine, least, seconds):
+    """Time calls of step: `least` of them or more, until they are `seconds` in all.
+
+    -> (median, first one's, peak GB or None). Two before them compile and fill the allocator.
+    """
+    times = []
+    while len(times) < 2 + least or sum(times[2:]) < seconds:
+        began = machine.clock()
+        step()
+        times.append(machine.clock() - began)
+        if len(times) == 2 and machine.cuda:
+            torch.cuda.reset_peak_memory_stats()
+    peak = torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None
+    return float(np.median(times[2:])), times[0], peak
+
+
 def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
     """Median time of a training step on `rows` rows of random tokens, as a dict for bench."""
     torch.manual_seed(cfg.seed)
@@ -738,18 +754,14 @@ def time_steps(cfg, model_cfg, rows, machine, seconds=3.0):
     compiled, optimizers = compile_model(model, cfg, machine), make_optimizers(model, cfg)
     shape = rows, model_cfg.block_size + 1
     tokens = np.random.default_rng(0).integers(0, model_cfg.vocab_size, shape)
-    batch, times = [machine.put(tokens[:, :-1], tokens[:, 1:])], []
-    while len(times) < 5 or sum(times[2:]) < seconds:
-        began = machine.clock()
-        optimise(compiled, optimizers, batch, cfg.learning_rate, cfg, machine)
-        times.append(machine.clock() - began)
-        if len(times) == 2 and machine.cuda:
-            torch.cuda.reset_peak_memory_stats()
-    step = float(np.median(times[2:]))  # the first two compile and fill the allocator
+    batch = [machine.put(tokens[:, :-1], tokens[:, 1:])]
+    step, first, peak = clock_steps(
+        lambda: optimise(compiled, optimizers, batch, cfg.learning_rate, cfg, machine),
+        machine, least=3, seconds=seconds)
     rate, flops = rows * model_cfg.block_size / step, model.flops_per_token(model_cfg.block_size)
-    return dict(tokens_per_second=rate, step_seconds=step, first_step_seconds=times[0],
+    return dict(tokens_per_second=rate, step_seconds=step, first_step_seconds=first,
                 flops_per_token=flops, mfu=rate * flops / (machine.peak_flops() or math.inf),
-                peak_gb=torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None)
+                peak_gb=peak)
 
 
 def main(argv):

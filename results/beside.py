@@ -79,58 +79,49 @@ def importing(folder, *hidden):
 
 
 class Text:
-    """Rows of a dataset's tokens on the device, drawn from train and scored on val."""
+    """A dataset: rows of train, drawn on the device so that no model waits, and scores on val."""
 
-    def __init__(self, data, T, seed, device):
+    def __init__(self, data, T, seed, machine):
+        self.data, self.T, self.machine = data, T, machine
         # int32, since indexing a uint16 tensor is not to be had on every device.
-        self.train, self.val = (torch.from_numpy(np.array(part, np.int32)).to(device)
-                                for part in (data.train, data.val))
-        self.bytes_per_token = data.meta["val_bytes"] / data.meta["val_tokens"]
-        self.T, self.generator = T, torch.Generator(device).manual_seed(seed)
-
-    def rows(self, part, starts):
-        rows = part[starts[:, None] + torch.arange(self.T + 1, device=part.device)].long()
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        self.train = torch.from_numpy(np.array(data.train, np.int32)).to(machine.device)
+        self.generator = torch.Generator(machine.device).manual_seed(seed)
 
     def draw(self, n):
         most, device = len(self.train) - self.T - 1, self.train.device
-        starts = torch.randint(most, (n,), device=device, generator=self.generator)
-        return self.rows(self.train, starts)
+        starts = torch.randint(most, (n, 1), device=device, generator=self.generator)
+        rows = self.train[starts + torch.arange(self.T + 1, device=device)].long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    @torch.no_grad()
     def score(self, loss, n, batch_size):
-        """Bits per byte of n rows of val, evenly spaced. loss(x, y): mean nats of a batch."""
-        starts = np.linspace(0, len(self.val) - self.T - 1, n).astype(np.int64)
-        total = 0.0
-        for part in torch.from_numpy(starts).to(self.val.device).split(batch_size):
-            total += loss(*self.rows(self.val, part)).item() * len(part)
-        return total / n / math.log(2) / self.bytes_per_token
+        """Bits per byte of n rows of val, up to whole batches. loss(x, y): mean nats of a batch."""
+        cfg = train.TrainConfig(batch_size=batch_size, eval_iters=-(-n // batch_size))
+        nats = train.evaluate(lambda *xy: (None, loss(*xy)), self.data, cfg, self.T, self.machine)
+        return nats / math.log(2) * self.data.meta["val_tokens"] / self.data.meta["val_bytes"]
 
 
 # A contender: (model, optimizers, step(batch, share of the time gone, steps so far), loss(x, y)).
 
 
-def contend(net, optimizers, compiled, cfg, machine):
-    """A contender under train.py's autocast, clipping and schedule: 2 % warm-up, then a cosine."""
-    schedule = train.TrainConfig(learning_rate=cfg.learning_rate, max_iters=SHARES,
-                                 warmup_iters=SHARES // 50)
+def recipe(cfg):
+    """What train.py's functions go by: 2 % of the time to warm up, then a cosine."""
+    return train.TrainConfig(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate,
+                             max_iters=SHARES, warmup_iters=SHARES // 50)
 
+
+def contend(net, optimizers, compiled, about, machine):
+    """A contender under train.py's autocast, clipping and schedule. about: a recipe."""
     def step(batch, share, n):
-        lr = train.learning_rate(share * SHARES, schedule)
-        return train.optimise(compiled, optimizers, [batch], lr, schedule, machine)
+        lr = train.learning_rate(share * SHARES, about)
+        return train.optimise(compiled, optimizers, [batch], lr, about, machine)
 
-    def loss(x, y):
-        with machine.autocast():
-            return compiled(x, y)[1]
-
-    return net, optimizers, step, loss
+    return net, optimizers, step, lambda x, y: compiled(x, y)[1]
 
 
 def ours(cfg, shape, machine):
-    net = GPT(shape).to(machine.device)
-    about = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=cfg.learning_rate)
+    net, about = GPT(shape).to(machine.device), recipe(cfg)
     compiled = train.compile_model(net, about, machine)
-    return contend(net, train.make_optimizers(net, about), compiled, cfg, machine)
+    return contend(net, train.make_optimizers(net, about), compiled, about, machine)
 
 
 def nanogpt(cfg, shape, machine):
@@ -140,9 +131,10 @@ def nanogpt(cfg, shape, machine):
     net = Theirs(GPTConfig(
         block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
         n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False)).to(machine.device)
-    betas, device = (0.9, 0.95), machine.device.type
-    optimizer = net.configure_optimizers(0.1, cfg.learning_rate, betas, device)
-    return contend(net, [optimizer], torch.compile(net) if machine.cuda else net, cfg, machine)
+    about = recipe(cfg)
+    optimizer = net.configure_optimizers(about.weight_decay, about.learning_rate,
+                                         (about.beta1, about.beta2), machine.device.type)
+    return contend(net, [optimizer], torch.compile(net) if machine.cuda else net, about, machine)
 
 
 def nanochat_schedule(share, n):
@@ -155,8 +147,6 @@ def nanochat_schedule(share, n):
 
 def nanochat(cfg, shape, machine):
     """All layers full: without FlashAttention-3 its windows are masks, and slower than none."""
-    if shape.n_embd % 128:
-        raise UsageError(f"--n_embd={shape.n_embd}: nanochat has heads of 128")
     os.environ["NANOCHAT_DTYPE"] = str(machine.dtype)[6:]
     with importing(Path(cfg.peers) / "nanochat"):
         from nanochat.gpt import GPT as Theirs
@@ -188,21 +178,17 @@ def nanochat(cfg, shape, machine):
         net.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return net, [optimizer], step, compiled
+    def loss(x, y):
+        with torch.autocast(machine.device.type, enabled=False):  # it casts on its own
+            return compiled(x, y)
+
+    return net, [optimizer], step, loss
 
 
 def time_steps(contender, batch, cfg, machine):
-    """The median time of a step, of cfg.steps after three."""
-    step, times = contender[2], []
-    for n in range(3 + cfg.steps):
-        if n == 3 and machine.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        began = machine.clock()
-        step(batch, 0.5, n)
-        times.append(machine.clock() - began)
-    median = float(np.median(times[3:]))
-    return dict(step_ms=median * 1e3, tokens_per_second=batch[0].numel() / median,
-                peak_gb=torch.cuda.max_memory_allocated() / 1e9 if machine.cuda else None)
+    step = partial(contender[2], batch, 0.5, 0)
+    median, _, peak = train.clock_steps(step, machine, least=cfg.steps, seconds=0)
+    return dict(step_ms=median * 1e3, tokens_per_second=batch[0].numel() / median, peak_gb=peak)
 
 
 def warm_up(contender, text, cfg):
@@ -244,17 +230,19 @@ def main(argv):
         raise UsageError(f"{cfg.data} has {known} token ids: drop --vocab_size")
     # All of them now: a wrong flag is to fail before minutes of training. Peers take the sizes.
     shapes = [ModelConfig(**PRESETS.get(name, dict(pattern="R")) | given) for name in cfg.names]
+    if "nanochat" in cfg.names and shapes[0].n_embd % 128:
+        raise UsageError(f"--n_embd={shapes[0].n_embd}: nanochat has heads of 128")
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, text = [], data and Text(data, shapes[0].block_size, cfg.seed, machine)
     for name, shape in zip(cfg.names, shapes, strict=True):
         torch.manual_seed(cfg.seed)
         torch.compiler.reset()
         make = dict(nanogpt=nanogpt, nanochat=nanochat).get(name, ours)
         with contextlib.redirect_stdout(io.StringIO()):  # they tell of their groups of weights
             contender = make(cfg, shape, machine)
-        if data:
-            text = Text(data, shape.block_size, cfg.seed, machine.device)
+        if text:
+            text.generator.manual_seed(cfg.seed)
             found = train_for(contender, text, cfg, machine)
         else:
             at_random = partial(torch.randint, shape.vocab_size, device=machine.device)

@@ -38,8 +38,8 @@ def contender(cfg, machine):
 
 
 @pytest.fixture
-def text(data):
-    return beside.Text(data, 64, 0, torch.device("cpu"))
+def text(data, machine):
+    return beside.Text(data, 64, 0, machine)
 
 
 def test_models_are_timed_one_after_another_and_the_numbers_kept(tmp_path, capsys):
