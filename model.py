@@ -155,6 +155,7 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     Chunked, k must begin at a chunk's first position. Softmax scale is 1 / sqrt(D).
     path: "mask" is the definition, S x T memory; "blocks" and "flash" are linear in S. "auto" is
     flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
+    Windows by flash are torch's FlexAttention in a compiled model, its varlen_attn in any other.
     """
     S = k.size(1)
     path = path_taken(path, q.device, q.dtype, q.size(-1))
@@ -166,7 +167,9 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
         # Not is_causal: SDPA takes the queries for the first of the keys, here they are the last.
         return attend_flash(q, k, v) if path == "flash" else attend_mask(q, k, v)
     if path == "flash":
-        return attend_flash(q, k, v, window, chunked)
+        # FlexAttention is faster, but only when compiled, and needs heads of 16 channels or more.
+        flex = torch.compiler.is_compiling() and q.size(1) == S and q.size(-1) >= 16
+        return (attend_flex if flex else attend_flash)(q, k, v, window, chunked)
     return attend_blocks(q, k, v, window, chunked)
 
 
@@ -246,6 +249,38 @@ def attend_flash(q, k, v, window=None, chunked=False):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     y = varlen_attn(q, k, v, cu_q, cu_k, min(T, step), min(S, step), window_size=(left, 0))
     return y.view(B, T, H, D)
+
+
+def tiles_seen(T, window, chunked, tile, device=None):
+    """Which tiles of queries see some key of which tiles of keys, and which see every one.
+
+    Two bools (n, n) over the n tiles of T positions: by the nearest pair of a query and a key, and
+    by the farthest.
+    """
+    first = torch.arange(0, T, tile, device=device)
+    last, tops = first + tile - 1, first[:, None]
+    some = visible(tops, last, window, chunked) | (tops == first)
+    return some, visible(last[:, None], first, window, chunked) & (tops > last)
+
+
+def attend_flex(q, k, v, window, chunked=False, tile=128):
+    """torch's FlexAttention, in a compiled model: a kernel made around `visible`. T = S.
+
+    It is told which tiles of queries and keys it may skip, and which it need not mask.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def listed(tiles):
+        order = tiles.int().argsort(dim=-1, descending=True, stable=True)
+        return tiles.sum(-1)[None, None].int(), order[None, None].int()
+
+    T, gqa = q.size(1), q.size(2) != k.size(2)
+    some, every = tiles_seen(T, window, chunked, tile, q.device)
+    mask = BlockMask.from_kv_blocks(
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=tile, seq_lengths=(T, T),
+        mask_mod=lambda b, h, i, j: visible(i, j, window, chunked))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
 
 
 def attend_cached(q, k, v, held, path="auto"):

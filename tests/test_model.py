@@ -164,6 +164,57 @@ def test_flash_equals_the_definition(G, window, chunked):
             torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
 
 
+@pytest.mark.parametrize("T, tile", [(1, 4), (23, 4), (24, 4), (40, 7)])
+@pytest.mark.parametrize("window, chunked", [(1, False), (5, False), (9, False), (40, False),
+                                             (1, True), (4, True), (5, True), (9, True)])
+def test_tiles_that_flexattention_skips_hold_nothing_visible(T, tile, window, chunked):
+    n = -(-T // tile)
+    i = torch.arange(n * tile)
+    seen = visible(i[:, None], i, window, chunked).view(n, tile, n, tile).movedim(2, 1).flatten(2)
+    some, every = m.tiles_seen(T, window, chunked, tile)
+    assert torch.equal(some, seen.any(-1))
+    assert torch.equal(every, seen.all(-1))
+
+
+@pytest.mark.parametrize("G, window, chunked", [(1, 64, False), (4, 131, False), (2, 131, True)])
+def test_flexattention_equals_the_definition(G, window, chunked):
+    """The rule and the shapes; its kernels are for the test on CUDA."""
+    q, k, v = (x.detach().float() for x in qkv(300, 300, G=G))
+    compiled = torch.compile(m.attend_flex, fullgraph=True, dynamic=False, backend="aot_eager")
+    want = attend(q, k, v, window, chunked, "mask")
+    torch.testing.assert_close(compiled(q, k, v, window, chunked), want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs CUDA")
+@pytest.mark.parametrize("T, G, window, chunked", [(129, 4, 7, False), (1000, 1, 131, False),
+                                                   (1000, 4, 300, False), (520, 1, 131, True)])
+def test_flash_in_a_compiled_model_equals_the_definition(T, G, window, chunked):
+    args = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv(T, T, G=G, D=64)]
+    up, found = torch.randn_like(args[0]), []
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+    for path, run in (("mask", attend), ("flash", compiled)):
+        y = run(*args, window, chunked, path)
+        found.append((y, *torch.autograd.grad(y, args, up)))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
+
+
+@pytest.mark.parametrize("T, S, D, compiled, kernel", [
+    (9, 9, 16, True, "flex"), (9, 9, 16, False, "varlen"),
+    (9, 9, 8, True, "varlen"),  # FlexAttention has no kernel for such heads
+    (5, 9, 16, True, "varlen"),
+])  # fmt: skip
+def test_flash_is_flexattention_where_that_runs(T, S, D, compiled, kernel, monkeypatch):
+    monkeypatch.setattr(m, "path_taken", lambda *_: "flash")
+    monkeypatch.setattr(m, "attend_flex", lambda q, *_: q * 0 + 1)
+    monkeypatch.setattr(m, "attend_flash", lambda q, *_: q * 0 + 2)
+    torch.compiler.reset()
+    run = torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend
+    y = run(*qkv(T, S, D=D), 5)
+    assert y.unique().tolist() == [dict(flex=1, varlen=2)[kernel]]
+
+
 def test_flash_on_a_cpu_is_refused():
     q, k, v = qkv(4, 4)
     with pytest.raises(UsageError, match="--attention=flash"):
