@@ -101,7 +101,8 @@ class ModelConfig:
     attn_scale: float = flag(0.0, "N: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0)
     logit_scale: float = flag(1.0, "factor on the logits", above=0)
     norm_eps: float = flag(1e-5, "epsilon of the LayerNorms", above=0)
-    attention: str = flag("auto", "path of attention", choices=("auto", "mask", "blocks", "flash"))
+    attention: str = flag("auto", "path of attention",
+                          choices=("auto", "mask", "blocks", "flash", "flex"))
 
     def __post_init__(self):
         check_ranges(self)
@@ -131,7 +132,7 @@ class ModelConfig:
         return (before + 1).double().mean().item()
 
 
-# ---- Attention: one rule for who sees whom, and three ways to compute it ------------------------
+# ---- Attention: one rule for who sees whom, and four ways to compute it ------------------------
 
 
 def visible(i, j, window=None, chunked=False):
@@ -153,12 +154,12 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
 
     q (B, T, H, D), k and v (B, S, G, D) -> (B, T, H, D). window None means everything before.
     Chunked, k must begin at a chunk's first position. Softmax scale is 1 / sqrt(D).
-    path: "mask" is the definition, S x T memory; "blocks" and "flash" are linear in S. "auto" is
-    flash on CUDA in half precision, blocks elsewhere. Raises UsageError for flash anywhere else.
-    Windows by flash are torch's FlexAttention in a compiled model, its varlen_attn in any other.
+    path: "mask" is the definition, S x T memory; the others are linear in S, or nearly. "auto" is
+    flash on CUDA in half precision, blocks elsewhere. "flex" is flash, but for the windows of a
+    compiled model: faster, and slower to compile. Raises UsageError for these two anywhere else.
     """
     S = k.size(1)
-    path = path_taken(path, q.device, q.dtype, q.size(-1))
+    asked, path = path, path_taken(path, q.device, q.dtype, q.size(-1))
     if path == "mask":
         return attend_mask(q, k, v, window, chunked)
     if window is None or window >= S:  # nothing is out of sight
@@ -167,19 +168,22 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
         # Not is_causal: SDPA takes the queries for the first of the keys, here they are the last.
         return attend_flash(q, k, v) if path == "flash" else attend_mask(q, k, v)
     if path == "flash":
-        # FlexAttention is faster, but only when compiled, and needs heads of 16 channels or more.
-        flex = torch.compiler.is_compiling() and q.size(1) == S and q.size(-1) >= 16
+        # FlexAttention needs compiling, and lacks kernels for some short rows and wide heads.
+        flex = asked == "flex" and torch.compiler.is_compiling()
+        flex = flex and q.size(1) == S >= 128 and 16 <= q.size(-1) <= 128
         return (attend_flex if flex else attend_flash)(q, k, v, window, chunked)
     return attend_blocks(q, k, v, window, chunked)
 
 
 def path_taken(path, device, dtype, head_dim):
-    """What "auto" means there; UsageError for "flash" where torch has no such kernel."""
+    """What "auto" means there, and "flex" where it has no kernel; UsageError if flash has none."""
     half = dtype in (torch.bfloat16, torch.float16)
     flash_runs = device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
-    if path == "flash" and not flash_runs:
-        raise UsageError("--attention=flash needs CUDA, bfloat16, and heads of 8, 16, ... 256")
-    return ("flash" if flash_runs else "blocks") if path == "auto" else path
+    if path in ("flash", "flex") and not flash_runs:
+        raise UsageError(f"--attention={path} needs CUDA, bfloat16, and heads of 8, 16, ... 256")
+    if path == "auto":
+        return "flash" if flash_runs else "blocks"
+    return "flash" if path == "flex" else path
 
 
 def sdpa(q, k, v, mask=None, causal=False):
@@ -264,9 +268,10 @@ def tiles_seen(T, window, chunked, tile, device=None):
 
 
 def attend_flex(q, k, v, window, chunked=False, tile=128):
-    """torch's FlexAttention, in a compiled model: a kernel made around `visible`. T = S.
+    """torch's FlexAttention: in a compiled model, a kernel made around `visible`. T = S.
 
-    It is told which tiles of queries and keys it may skip, and which it need not mask.
+    It is told which tiles of queries and keys it may skip, and which it need not mask: in four
+    tables of (T / tile)^2 numbers.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 

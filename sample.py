@@ -77,7 +77,7 @@ class SampleConfig:
     log_scale: bool | None = flag(None, "instead of the run's: see train.py --help")
     window: int | None = flag(None, "instead of the run's")
     rope_theta: float | None = flag(None, "instead of the run's")
-    attention: str | None = flag(None, "instead of the run's: auto, mask, blocks or flash")
+    attention: str | None = flag(None, "instead of the run's: auto, mask, blocks, flash")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "bfloat16 on CUDA if auto", choices=("auto", "float32", "bfloat16"))
 

@@ -186,41 +186,48 @@ def test_flexattention_equals_the_definition(G, window, chunked):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs CUDA")
-@pytest.mark.parametrize("T, G, window, chunked", [(129, 4, 7, False), (1000, 1, 131, False),
-                                                   (1000, 4, 300, False), (520, 1, 131, True)])
-def test_flash_in_a_compiled_model_equals_the_definition(T, G, window, chunked):
-    args = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv(T, T, G=G, D=64)]
+@pytest.mark.parametrize("T, G, D, window, chunked", [
+    (129, 4, 64, 7, False), (1000, 1, 64, 131, False), (1000, 4, 64, 300, False),
+    (520, 1, 64, 131, True), (300, 2, 24, 40, False), (300, 4, 128, 40, False),
+])  # fmt: skip
+def test_flex_in_a_compiled_model_equals_the_definition(T, G, D, window, chunked):
+    args = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv(T, T, G=G, D=D)]
     up, found = torch.randn_like(args[0]), []
     torch.compiler.reset()
     compiled = torch.compile(attend, fullgraph=True, dynamic=False)
-    for path, run in (("mask", attend), ("flash", compiled)):
+    for path, run in (("mask", attend), ("flex", compiled)):
         y = run(*args, window, chunked, path)
         found.append((y, *torch.autograd.grad(y, args, up)))
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
 
 
-@pytest.mark.parametrize("T, S, D, compiled, kernel", [
-    (9, 9, 16, True, "flex"), (9, 9, 16, False, "varlen"),
-    (9, 9, 8, True, "varlen"),  # FlexAttention has no kernel for such heads
-    (5, 9, 16, True, "varlen"),
+@pytest.mark.parametrize("path, T, S, D, compiled, kernel", [
+    ("flex", 130, 130, 16, True, "flex"), ("flex", 130, 130, 128, True, "flex"),
+    ("flash", 130, 130, 16, True, "varlen"), ("flex", 130, 130, 16, False, "varlen"),
+    # Where FlexAttention has no kernel, or none on every card:
+    ("flex", 130, 130, 8, True, "varlen"), ("flex", 130, 130, 136, True, "varlen"),
+    ("flex", 127, 127, 16, True, "varlen"), ("flex", 130, 140, 16, True, "varlen"),
 ])  # fmt: skip
-def test_flash_is_flexattention_where_that_runs(T, S, D, compiled, kernel, monkeypatch):
-    monkeypatch.setattr(m, "path_taken", lambda *_: "flash")
+def test_flex_is_flexattention_where_that_runs(path, T, S, D, compiled, kernel, monkeypatch):
+    taken = m.path_taken
+    monkeypatch.setattr(m, "path_taken", lambda path, *_: taken(path, torch.device("cuda"),
+                                                                torch.bfloat16, 64))
     monkeypatch.setattr(m, "attend_flex", lambda q, *_: q * 0 + 1)
     monkeypatch.setattr(m, "attend_flash", lambda q, *_: q * 0 + 2)
     torch.compiler.reset()
     run = torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend
-    y = run(*qkv(T, S, D=D), 5)
+    y = run(*qkv(T, S, D=D), 5, path=path)
     assert y.unique().tolist() == [dict(flex=1, varlen=2)[kernel]]
 
 
-def test_flash_on_a_cpu_is_refused():
+@pytest.mark.parametrize("path", ["flash", "flex"])
+def test_flash_on_a_cpu_is_refused(path):
     q, k, v = qkv(4, 4)
-    with pytest.raises(UsageError, match="--attention=flash"):
-        attend(q, k, v, 2, path="flash")
-    with pytest.raises(UsageError, match="--attention=flash"):
-        logits(build(attention="flash"), tokens(1, 8))
+    with pytest.raises(UsageError, match=f"--attention={path}"):
+        attend(q, k, v, 2, path=path)
+    with pytest.raises(UsageError, match=f"--attention={path}"):
+        logits(build(attention=path), tokens(1, 8))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
