@@ -132,7 +132,7 @@ class ModelConfig:
         return (before + 1).double().mean().item()
 
 
-# ---- Attention: one rule for who sees whom, and four ways to compute it ------------------------
+# ---- Attention: one rule for who sees whom, and four ways to compute it -------------------------
 
 
 def visible(i, j, window=None, chunked=False):

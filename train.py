@@ -264,6 +264,11 @@ def evaluate(model, data, cfg, T, machine):
     return machine.total(total).item() / n
 
 
+def bits_per_byte(nats, meta):
+    """Of the validation text that meta.json tells of, whose tokens cost so many nats on average."""
+    return nats / math.log(2) * (meta["val_tokens"] / meta["val_bytes"])
+
+
 # ---- Optimisation -------------------------------------------------------------------------------
 
 
@@ -524,6 +529,11 @@ def open_dataset(cfg, T):
     return data
 
 
+def padded(vocab_size):
+    """Rows for the embedding: a multiple of 64 keeps the head's matmuls well aligned."""
+    return -(-vocab_size // 64) * 64
+
+
 def begin(given):
     """Flags -> (machine, cfg, data, model, optimizers, step, best): all that the loop needs."""
     if given.get("resume") and given.get("init_from"):
@@ -559,8 +569,8 @@ def begin(given):
     data = open_dataset(cfg, T)
     if cfg.needle_frac:
         prepare_data.check_room(data.enc, *cfg.asking(), T)
-    if not state and "vocab_size" not in given:  # a multiple of 64 keeps the head well aligned
-        model_cfg = replace(model_cfg, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)
+    if not state and "vocab_size" not in given:
+        model_cfg = replace(model_cfg, vocab_size=padded(data.meta["vocab_size"]))
     if data.meta["vocab_size"] > model_cfg.vocab_size:
         raise UsageError(f"{data.folder} has {data.meta['vocab_size']} token ids, the model only "
                          f"{model_cfg.vocab_size}: use the run's own text, or drop --vocab_size")
@@ -607,7 +617,6 @@ def train(given):
 
     mine = range(machine.rank, cfg.gradient_accumulation_steps, machine.world)  # micro-batches
     tokens = cfg.batch_size * T * cfg.gradient_accumulation_steps  # of a step
-    tokens_per_byte = data.meta["val_tokens"] / data.meta["val_bytes"]
     long = cfg.long_frac if cfg.long_rows else 0
     flops = (1 - long) * model.flops_per_token(T) + long * model.flops_per_token(cfg.long_rows or T)
     log = Log(folder / "log.jsonl", step, cfg, machine, tokens, flops)
@@ -647,7 +656,7 @@ def train(given):
                     val = evaluate(model, data, cfg, T, machine)
                     check_finite(val, step, folder)
                     best = min(best, val)
-                    log.validation(step, val, val / math.log(2) * tokens_per_byte)
+                    log.validation(step, val, bits_per_byte(val, data.meta))
                 if machine.main and (due or stop):
                     save_checkpoint(folder, model, optimizers, cfg, data.meta, step, best)
                 clock, done = time.time(), 0

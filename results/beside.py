@@ -81,11 +81,11 @@ def importing(folder, *hidden):
 class Text:
     """A dataset: rows of train, drawn on the device so that no model waits, and scores on val."""
 
-    def __init__(self, data, T, seed, machine):
+    def __init__(self, data, T, machine):
         self.data, self.T, self.machine = data, T, machine
         # int32, since indexing a uint16 tensor is not to be had on every device.
         self.train = torch.from_numpy(np.array(data.train, np.int32)).to(machine.device)
-        self.generator = torch.Generator(machine.device).manual_seed(seed)
+        self.generator = torch.Generator(machine.device)
 
     def draw(self, n):
         most, device = len(self.train) - self.T - 1, self.train.device
@@ -97,7 +97,7 @@ class Text:
         """Bits per byte of n rows of val, up to whole batches. loss(x, y): mean nats of a batch."""
         cfg = train.TrainConfig(batch_size=batch_size, eval_iters=-(-n // batch_size))
         nats = train.evaluate(lambda *xy: (None, loss(*xy)), self.data, cfg, self.T, self.machine)
-        return nats / math.log(2) * self.data.meta["val_tokens"] / self.data.meta["val_bytes"]
+        return train.bits_per_byte(nats, self.data.meta)
 
 
 # A contender: (model, optimizers, step(batch, share of the time gone, steps so far), loss(x, y)).
@@ -225,7 +225,7 @@ def main(argv):
     machine = train.Machine(cfg.device, cfg.dtype)
     data = prepare_data.load_data(Path(cfg.data)) if cfg.seconds else None
     known = data.meta["vocab_size"] if data else 320
-    given = dict(vocab_size=-(-known // 64) * 64) | given
+    given = dict(vocab_size=train.padded(known)) | given
     if data and given["vocab_size"] < known:
         raise UsageError(f"{cfg.data} has {known} token ids: drop --vocab_size")
     # All of them now: a wrong flag is to fail before minutes of training. Peers take the sizes.
@@ -234,7 +234,7 @@ def main(argv):
         raise UsageError(f"--n_embd={shapes[0].n_embd}: nanochat has heads of 128")
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    rows, text = [], data and Text(data, shapes[0].block_size, cfg.seed, machine)
+    rows, text = [], data and Text(data, shapes[0].block_size, machine)
     for name, shape in zip(cfg.names, shapes, strict=True):
         torch.manual_seed(cfg.seed)
         torch.compiler.reset()

@@ -39,7 +39,7 @@ def contender(cfg, machine):
 
 @pytest.fixture
 def text(data, machine):
-    return beside.Text(data, 64, 0, machine)
+    return beside.Text(data, 64, machine)
 
 
 def test_models_are_timed_one_after_another_and_the_numbers_kept(tmp_path, capsys):

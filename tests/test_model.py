@@ -155,13 +155,18 @@ def same_as_definition(path, T, S, G, window, chunked):
 @pytest.mark.parametrize("window, chunked", [(None, False), (7, False), (131, False), (7, True)])
 def test_flash_equals_the_definition(G, window, chunked):
     for T, S in [*LENGTHS, *([(9, 12)] if chunked else EARLIER)]:
-        args = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv(T, S, G=G, D=64)]
-        up, found = torch.randn_like(args[0]), []
-        for path in ("mask", "flash"):
-            y = attend(*args, window, chunked, path)
-            found.append((y, *torch.autograd.grad(y, args, up)))
-        for want, got in zip(*found, strict=True):
-            torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
+        same_in_bfloat16(attend, "flash", qkv(T, S, G=G, D=64), window, chunked)
+
+
+def same_in_bfloat16(run, path, inputs, window, chunked):
+    """Values and gradients on CUDA. run: attend, or attend compiled."""
+    args = [x.detach().cuda().bfloat16().requires_grad_() for x in inputs]
+    up, found = torch.randn_like(args[0]), []
+    for p, f in (("mask", attend), (path, run)):
+        y = f(*args, window, chunked, p)
+        found.append((y, *torch.autograd.grad(y, args, up)))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
 
 
 @pytest.mark.parametrize("T, tile", [(1, 4), (23, 4), (24, 4), (40, 7)])
@@ -191,15 +196,9 @@ def test_flexattention_equals_the_definition(G, window, chunked):
     (520, 1, 64, 131, True), (300, 2, 24, 40, False), (300, 4, 128, 40, False),
 ])  # fmt: skip
 def test_flex_in_a_compiled_model_equals_the_definition(T, G, D, window, chunked):
-    args = [x.detach().cuda().bfloat16().requires_grad_() for x in qkv(T, T, G=G, D=D)]
-    up, found = torch.randn_like(args[0]), []
     torch.compiler.reset()
     compiled = torch.compile(attend, fullgraph=True, dynamic=False)
-    for path, run in (("mask", attend), ("flex", compiled)):
-        y = run(*args, window, chunked, path)
-        found.append((y, *torch.autograd.grad(y, args, up)))
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
+    same_in_bfloat16(compiled, "flex", qkv(T, T, G=G, D=D), window, chunked)
 
 
 @pytest.mark.parametrize("path, T, S, D, compiled, kernel", [
