@@ -159,14 +159,18 @@ def test_flash_equals_the_definition(G, window, chunked):
 
 
 def same_in_bfloat16(run, path, inputs, window, chunked):
-    """Values and gradients on CUDA. run: attend, or attend compiled."""
+    """Values and gradients on CUDA, by row, as of the definition in float32. run: attend, compiled?
+
+    Rounding was seen to move a row by 1 % on a CPU, one key more or less in a window by 28 %.
+    """
     args = [x.detach().cuda().bfloat16().requires_grad_() for x in inputs]
-    up, found = torch.randn_like(args[0]), []
-    for p, f in (("mask", attend), (path, run)):
-        y = f(*args, window, chunked, p)
-        found.append((y, *torch.autograd.grad(y, args, up)))
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
+    exact = [x.detach().float().requires_grad_() for x in args]
+    y, want = run(*args, window, chunked, path), attend(*exact, window, chunked, "mask")
+    up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    want = want, *torch.autograd.grad(want, exact, up.float())
+    for a, b in zip(want, (y, *torch.autograd.grad(y, args, up)), strict=True):
+        size, off = a.norm(dim=-1), (b.float() - a).norm(dim=-1)
+        assert (off <= 0.05 * (size + size.mean()) + 0.05).all()
 
 
 @pytest.mark.parametrize("T, tile", [(1, 4), (23, 4), (24, 4), (40, 7)])
