@@ -293,9 +293,10 @@ def attend_cached(q, k, v, held, path="auto"):
 
     q (B, 1, H, D), k and v (B, size, G, D), held (1,) int64 on their device -> (B, 1, H, D).
     On the flash path the host never reads `held`, so one CUDA graph serves while the cache fills:
-    varlen_attn takes from a tensor where its sequences begin. The keys of a row are n of them, of
-    one query each, to fill the card however few the rows are; the softmaxes of the n are then
-    joined (Flash-Decoding, Dao et al. 2023). A last one, of no query, skips the empty slots.
+    varlen_attn takes from a tensor where its sequences begin. The keys of a row are n of them, each
+    with the H / G queries that share a head's keys, to fill the card however few the rows are; the
+    softmaxes of the n are then joined (Flash-Decoding, Dao et al. 2023). A last one, of no query,
+    skips the empty slots.
     """
     if path_taken(path, q.device, q.dtype, q.size(-1)) != "flash":
         return sdpa(q, k[:, : int(held)], v[:, : int(held)])
@@ -569,6 +570,7 @@ class GPT(nn.Module):
 
         With targets (B, T) int64, -100 where none is wanted: (None, mean loss in nats). The logits
         of a batch are its largest tensor; the loss reads them a slice at a time and keeps none.
+        While gradients are made, no other target outside 0 .. V - 1 is noticed: give none.
         """
         x = self.body(idx)
         if targets is None:
@@ -721,6 +723,7 @@ class GPT(nn.Module):
         dtype: of the weights, theirs if None; override: fields of ModelConfig. UsageError for any
         other kind of model.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not Path(folder).is_dir():
@@ -733,8 +736,8 @@ class GPT(nn.Module):
                                  f"{str(e).splitlines()[0]}") from None
         folder = Path(folder)
         try:
-            hf = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+            hf = dict(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError):
             raise UsageError(f"{folder} holds no readable config.json of a model") from None
         for key, value in HF_FIXED.items():
             if hf.get(key, value) != value or "model_type" not in hf:
@@ -742,20 +745,29 @@ class GPT(nn.Module):
         rope = hf.get("rope_parameters") or {k: hf[k] for k in ("rope_theta",) if k in hf}
         if rope.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
             raise UsageError(f"{folder} scales its RoPE ({rope}): that cannot be read")
-        absent = {*HF_CONFIG.values()} - {*hf} or {"rope_theta"} - {*rope}
+        absent = {key for key in HF_CONFIG.values() if hf.get(key) is None} or (
+            {"rope_theta"} - {*rope})
         if absent:
             raise UsageError(f"{folder}/config.json does not say {', '.join(sorted(absent))}")
         n, every = hf["num_hidden_layers"], hf.get("sliding_window_pattern") or 4
         letters = (("S" * (every - 1) + "N") * n)[:n]  # in configs older than layer_types
         if hf.get("layer_types"):
-            letters = "".join("S" if x == "sliding_attention" else "N" for x in hf["layer_types"])
+            kinds = dict(sliding_attention="S", full_attention="N")
+            letters = "".join(kinds.get(x, "?") for x in hf["layer_types"])
+            if "?" in letters or len(letters) != n:
+                raise UsageError(f"{folder}/config.json has layer_types {hf['layer_types']}: it "
+                                 f"takes {n}, each of {', '.join(kinds)}")
         tiles = (letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
         known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
         known |= dict(pattern=next(tiles), rope_theta=rope["rope_theta"])
         with torch.device("meta"):  # no weights yet: they are about to be assigned
             model = GPT(ModelConfig(**known | override))
-        shards = map(load_file, sorted(folder.glob("model*.safetensors")))
-        weights = {name: weight for shard in shards for name, weight in shard.items()}
+        weights = {}
+        for shard in sorted(folder.glob("model*.safetensors")):
+            try:
+                weights |= load_file(shard)
+            except (OSError, SafetensorError) as e:
+                raise UsageError(f"{shard} is damaged, or no safetensors file ({e})") from None
         ours = {name: weights.get(hf_name(name)) for name in model.state_dict()}
         missing = [hf_name(name) for name, weight in ours.items() if weight is None]
         if missing:
@@ -763,7 +775,9 @@ class GPT(nn.Module):
         try:
             model.load_state_dict(ours, assign=True)
         except RuntimeError as e:
-            raise UsageError(f"the weights in {folder} contradict its config.json: {e}") from None
+            asked = f", or {override}" if override else ""
+            raise UsageError(f"the weights in {folder} contradict its config.json{asked}: {e}"
+                             ) from None
         return model.to(dtype).eval()
 
 
@@ -792,13 +806,13 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
-    if top_k is not None:
+    if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None:
         ranked, order = logits.sort(descending=True)
         probs = ranked.softmax(-1)
-        # Keep a token while those likelier than it hold less than top_p: always one at least.
-        ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)
+        # Keep a token while those likelier than it hold less than top_p, and the likeliest always.
+        ranked[:, 1:].masked_fill_((probs.cumsum(-1) - probs)[:, 1:] >= top_p, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(-1, order, ranked)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

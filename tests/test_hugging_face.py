@@ -91,6 +91,9 @@ def test_what_the_format_cannot_say_is_refused_at_saving(flags, tmp_path):
     (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "scales its RoPE"),
     (dict(num_hidden_layers=8, layer_types=["sliding_attention"] * 8), "lacks the weights"),
     (dict(hidden_size=32), "contradict"),
+    (dict(layer_types=["chunked_attention"] * 4), "each of sliding_attention, full_attention"),
+    (dict(layer_types=["full_attention"] * 9), "each of sliding_attention, full_attention"),
+    (dict(sliding_window=None), "does not say sliding_window"),
 ], ids=str)  # fmt: skip
 def test_a_folder_of_another_model_is_refused_in_a_line(change, told, tmp_path):
     cohere2().save_pretrained(tmp_path)
@@ -98,6 +101,23 @@ def test_a_folder_of_another_model_is_refused_in_a_line(change, told, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=told):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_copy_that_was_cut_off_is_refused_in_a_line(tmp_path):
+    cohere2().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="model.safetensors is damaged"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UsageError, match="no readable config.json"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_size_asked_for_is_named_where_the_weights_have_another(tmp_path):
+    cohere2().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'ffn_dim': 8"):
+        GPT.from_pretrained(tmp_path, ffn_dim=8)
 
 
 def test_a_config_older_than_layer_types_is_read(tmp_path):

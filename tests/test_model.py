@@ -742,6 +742,8 @@ def test_sampling_follows_the_probabilities_it_is_given():
         (dict(temperature=0.5), p**2 / (p**2).sum()),
         (dict(top_k=2), torch.tensor([0.625, 0.375, 0, 0])),
         (dict(top_k=9), p),
+        (dict(top_k=0), p),
+        (dict(top_p=0.0), torch.tensor([1.0, 0, 0, 0])),
         (dict(top_p=0.5), torch.tensor([1.0, 0, 0, 0])),
         (dict(top_p=0.7), torch.tensor([0.625, 0.375, 0, 0])),
         (dict(top_p=0.81), torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95),
