@@ -107,6 +107,9 @@ class TrainConfig:
 RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
              "log_interval"}
 
+# Flags that ask for a choice: what is saved is the choice.
+SETTLED = dict(scale="auto", dtype="auto", n_kv_head=0, ffn_dim=0)
+
 STOPS = (signal.SIGINT, signal.SIGTERM)  # the step at hand is finished, and saved, first
 
 
@@ -124,7 +127,7 @@ class Machine:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             self.device = torch.device(device)
-            torch.empty(1, device=self.device)
+            torch.empty(1, device=self.device).item()  # which the device meta has not
         except (RuntimeError, AssertionError):
             raise UsageError(f"--device={device} is not to be had here: use --device=cpu") from None
         self.cuda = self.device.type == "cuda"
@@ -134,7 +137,8 @@ class Machine:
             torch.cuda.set_device(self.device)
         self.name = torch.cuda.get_device_name(self.device) if self.cuda else self.device.type
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.cuda else "gloo")
+            mine = self.device if self.cuda else None  # or NCCL guesses which GPU a rank has
+            dist.init_process_group("nccl" if self.cuda else "gloo", device_id=mine)
         half = dtype == "bfloat16" or (dtype == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if half else torch.float32
 
@@ -326,7 +330,7 @@ def make_optimizers(model, cfg):
 def compile_model(model, cfg, machine):
     """torch.compile where it is asked for and pays. fullgraph: a graph break is an error."""
     if cfg.compile and machine.cuda and sys.platform != "win32":  # no Triton there
-        # DDP would cut the graph into buckets; one whole graph is worth more than their overlap.
+        # DDP would cut the graph into buckets: no faster (results/ddp.json), and no fullgraph.
         torch._dynamo.config.optimize_ddp = False
         return torch.compile(model, fullgraph=True, dynamic=False)
     return model
@@ -369,7 +373,7 @@ def save_checkpoint(folder, model, optimizers, cfg, meta, step, best):
     """Write ckpt.pt beside, then rename: never a half. meta: what meta.json says of the text."""
     state = dict(step=step, best_val_loss=best, model_config=asdict(model.config),
                  train_config=asdict(cfg), model=model.state_dict(), meta=meta,
-                 optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
+                 optimizers=[o.state_dict() for o in optimizers])
     beside = folder / "ckpt.pt.tmp"
     try:
         torch.save(state, beside)
@@ -398,7 +402,7 @@ def load_checkpoint(folder):
         state["flags"] = state["model_config"] | state["train_config"]  # as they were saved
         state["model_config"] = ModelConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
-        if not {"step", "best_val_loss", "model", "optimizers", "rng", "meta"} <= set(state):
+        if not {"step", "best_val_loss", "model", "optimizers", "meta"} <= set(state):
             raise KeyError
     except Exception as e:  # torch.load raises many kinds; each means the same to the user
         why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
@@ -431,7 +435,7 @@ def choose_out_dir(cfg, pattern):
         return Path(cfg.out_dir)
     own = cfg.preset if PRESETS[cfg.preset]["pattern"] == pattern else pattern
     name, n = Path("out") / own, 2
-    while (name / "config.json").exists():
+    while (name / "config.json").exists() or (name / "ckpt.pt").exists():
         name, n = Path("out") / f"{own}-{n}", n + 1
     return name
 
@@ -522,10 +526,11 @@ def open_dataset(cfg, T):
     if dist.is_initialized():
         dist.barrier()
     data = prepare_data.load_data(folder)
-    longest = f"--long_rows={cfg.long_rows}" if cfg.long_rows > T else f"--block_size={T}"
-    for name, split, least in (("train", data.train, max(T, cfg.long_rows)), ("val", data.val, T)):
-        if len(split) < least + 2:
-            raise UsageError(f"{folder}/{name}.bin has {len(split)} tokens: too few for {longest}")
+    longest = max((T, "block_size"), (cfg.long_rows, "long_rows"))
+    for split, (least, name) in (("train", longest), ("val", (T, "block_size"))):
+        if len(getattr(data, split)) <= least:
+            raise UsageError(f"{folder}/{split}.bin has {len(getattr(data, split))} tokens: too "
+                             f"few for --{name}={least}")
     return data
 
 
@@ -549,7 +554,7 @@ def begin(given):
             raise UsageError(f"{resumed} does not say {', '.join(unsaid)}: another version of "
                              "train.py made it. Start a second stage from it, with --init_from")
         for name, value in given.items():
-            if name not in RESUMABLE and saved[name] != value:
+            if name not in RESUMABLE and value not in (saved[name], SETTLED.get(name)):
                 raise UsageError(f"--{name}={value} contradicts {resumed}, made with "
                                  f"{saved[name]!r}: drop it, or start a second stage with "
                                  f"--init_from={resumed}")
@@ -583,6 +588,8 @@ def begin(given):
     if not resumed:
         out_dir = str(choose_out_dir(cfg, model_cfg.pattern))
         cfg = replace(cfg, out_dir=out_dir, dtype=str(machine.dtype)[6:])
+        if machine.world > 1:
+            dist.barrier()  # before rank 0 makes the folder, and it is taken
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
     optimizers = make_optimizers(model, cfg)
@@ -592,7 +599,6 @@ def begin(given):
         return machine, cfg, data, model, optimizers, 0, math.inf
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    torch.set_rng_state(state["rng"])
     return machine, cfg, data, model, optimizers, state["step"], state["best_val_loss"]
 
 
@@ -650,11 +656,12 @@ def train(given):
                 # Ranks must agree on when to stop, so they do it where they speak to each other.
                 signals = loss.new_tensor(float(len(stopped)))
                 mean, stop = (machine.total(torch.stack((loss, signals))) / machine.world).tolist()
-                check_finite(mean, step, folder)
+                check_finite("loss", mean, step, folder)
                 log.step(step, mean, lr, done * tokens / (time.time() - clock) if done else None)
-                if due:
+                if due or stop:  # the loss is of the weights before this step: are these sound?
                     val = evaluate(model, data, cfg, T, machine)
-                    check_finite(val, step, folder)
+                    check_finite("validation loss", val, step, folder)
+                if due:
                     best = min(best, val)
                     log.validation(step, val, bits_per_byte(val, data.meta))
                 if machine.main and (due or stop):
@@ -686,9 +693,9 @@ def train(given):
     return folder, (stopped or [signal.SIGTERM])[0] if cut else 0
 
 
-def check_finite(loss, step, folder):
-    if not math.isfinite(loss):
-        raise UsageError(f"the loss is {loss} at step {step}: {folder} keeps the last good "
+def check_finite(name, value, step, folder):
+    if not math.isfinite(value):
+        raise UsageError(f"the {name} is {value} at step {step}: {folder} keeps the last good "
                          "checkpoint, if there was one; start again with a lower --learning_rate")
 
 
@@ -699,6 +706,8 @@ def bench(given):
     attention (preset rope) at this length and path, beside the most that counting FLOPs allows.
     """
     machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"))
+    if machine.world > 1:
+        raise UsageError("--bench times one process: run it without torchrun")
     given = dict(vocab_size=320) | given  # what training on bytes takes
     cfg, base = settle(given | dict(preset=given["bench"].split(",")[0]))
     if not re.fullmatch(r"(\d+(,\d+)*)?", cfg.bench_lengths):
@@ -707,8 +716,13 @@ def bench(given):
     # All of them now: a wrong name is to fail before minutes of timing, not after.
     jobs = [settle(given | dict(block_size=T, attention=path, preset=preset)) for T in lengths
             for path in (cfg.bench_paths or base.attention).split(",")
-            for preset in cfg.bench.split(",")]
-    budget = cfg.batch_size * base.block_size  # tokens of a step, at every length
+            for preset in sorted(cfg.bench.split(","), key=lambda name: name != "rope")]
+    for _, model_cfg in jobs:
+        path_taken(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
+    if cfg.out_dir:
+        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
+    budget = cfg.batch_size * base.block_size  # tokens of a step, in whole rows, one at least
     print(f"{machine.name}, {str(machine.dtype)[6:]}, torch {torch.__version__}, {cfg.optimizer}\n")
     print("| T | rows | path | preset | window | tok/s | MFU | peak GB | x rope | FLOPs allow |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -726,17 +740,15 @@ def bench(given):
             row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
             row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
         found.append(row)
+        if cfg.out_dir:
+            text = json.dumps(about | dict(rows=found), indent=1)
+            prepare_data.write_atomically(Path(cfg.out_dir) / "bench.json", text)
         cells = [str(row[key]) for key in ("T", "rows", "path", "preset", "window")]
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}" if row["mfu"] else "-"]
         more = (row.get(key) for key in ("peak_gb", "x_rope", "flops_allow"))
         cells += ["-" if number is None else f"{number:.2f}" for number in more]
         bar.write("| " + " | ".join(cells) + " |", file=sys.stdout)
         sys.stdout.flush()
-    if cfg.out_dir:
-        about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(about | dict(rows=found), indent=1)
-        prepare_data.write_atomically(Path(cfg.out_dir) / "bench.json", text)
 
 
 def clock_steps(step, machine, least, seconds):

@@ -52,6 +52,7 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--seed=-1"], "--seed=-1"),
     (["--device=cuda"], "use --device=cpu"),
     (["--device=abacus"], "use --device=cpu"),
+    (["--device=meta"], "use --device=cpu"),
     (["--dtype=float8"], "invalid choice: 'float8'"),
     (["--vocab_size=100"], "drop --vocab_size"),
     (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps=0"),

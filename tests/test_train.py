@@ -393,7 +393,8 @@ def test_resuming_with_a_contradicting_flag_names_it(stopped_run, flag):
 
 
 def test_resuming_with_the_same_command_goes_on(fit, stopped_run):
-    fit(stopped_run, "--max_iters=4", "--needle_frac=0", "--resume")
+    chosen = "--scale=auto", "--dtype=auto", "--n_kv_head=0", "--ffn_dim=0"
+    fit(stopped_run, "--max_iters=4", "--needle_frac=0", *chosen, "--resume")
     assert load_checkpoint(stopped_run)["step"] == 4
 
 
@@ -511,6 +512,26 @@ def test_text_too_short_for_long_rows_is_refused(fit, tmp_path):
         fit(tmp_path / "run", "--batch_size=1024", "--long_rows=65536")
 
 
+def test_text_too_short_is_told_with_the_flag_that_mends_it(data, monkeypatch):
+    enough, short = (data._replace(val=data.val[:n]) for n in (33, 32))  # 32, and one to predict
+    monkeypatch.setattr(prepare_data, "load_data", lambda folder: enough)
+    assert train.open_dataset(config(long_rows=64), 32) is enough
+    monkeypatch.setattr(prepare_data, "load_data", lambda folder: short)
+    with pytest.raises(UsageError, match="val.bin has 32 tokens: too few for --block_size=32"):
+        train.open_dataset(config(long_rows=64), 32)
+
+
+def test_no_rank_goes_on_before_all_have_chosen_their_folder(data_dir, monkeypatch):
+    said = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(train.dist, "barrier", lambda: said.append("barrier"))
+    monkeypatch.setattr(train, "choose_out_dir", lambda *_: said.append("folder"))
+    train.begin(dict(dataset="tiny", data_dir=str(data_dir), gradient_accumulation_steps=2,
+                     needle_frac=0, scale="cpu"))  # fmt: skip
+    assert said == ["folder", "barrier"]
+
+
 def test_questions_that_can_never_fit_are_refused_before_a_folder_is_made(fit, tmp_path):
     with pytest.raises(UsageError, match="cannot hold the facts and questions of words: 1"):
         fit(tmp_path / "run", "--tasks=needle,words")
@@ -612,6 +633,8 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch, data_dir):
              "--preset=swa"]  # fmt: skip
     assert [str(train.main(flags)) for _ in range(3)] == ["out/swa", "out/swa-2", "out/swa-3"]
     assert train.newest_run().name == "swa-3"
+    (tmp_path / "out" / "swa" / "config.json").unlink()  # its checkpoint is still somebody's
+    assert str(train.main(flags)) == "out/swa-4"
     assert str(train.main([*flags[:-1], "--pattern=SW"])) == "out/SW"  # not a preset's name
 
 
@@ -726,6 +749,18 @@ def test_ruined_weights_are_never_saved(fit, tmp_path, blow_up, log_interval, ev
     assert not saved or load_checkpoint(tmp_path / "run")["step"] <= 4
 
 
+def test_ruined_weights_are_not_saved_by_an_interrupt_either(fit, tmp_path, monkeypatch):
+    def learning_rate(step, cfg):
+        if step == 4:  # whose loss is finite still
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1e38 if step == 4 else 1e-3
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    with pytest.raises(UsageError, match="loss is nan at step 5"):
+        fit(tmp_path / "run", "--max_iters=9", "--eval_interval=3", "--needle_frac=0")
+    assert load_checkpoint(tmp_path / "run")["step"] == 3
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 
@@ -831,6 +866,39 @@ def test_the_bench_refuses_an_unknown_preset_before_it_times_anything(fast_clock
     with pytest.raises(UsageError, match="roep"):
         train.main(["--bench=rope,roep", *BENCH])
     assert not bench_table(capsys.readouterr().out)
+
+
+def test_the_bench_times_rope_first_for_the_others_to_be_compared(fast_clock, capsys):
+    train.main(["--bench=swa,rope", *BENCH])
+    rows = bench_table(capsys.readouterr().out)
+    assert [row["preset"] for row in rows] == ["rope", "swa"] and float(rows[1]["x rope"]) > 0
+
+
+def test_the_bench_refuses_a_path_that_is_not_to_be_had_before_it_times_anything(capsys):
+    with pytest.raises(UsageError, match="--attention=flash"):
+        train.main(["--bench=rope", "--bench_paths=blocks,flash", *BENCH])
+    assert not capsys.readouterr().out
+
+
+def test_the_bench_keeps_what_it_has_timed(fast_clock, tmp_path, monkeypatch):
+    real = train.time_steps
+
+    def once(*args):
+        monkeypatch.setattr(train, "time_steps", lambda *_: 1 / 0)
+        return real(*args)
+
+    monkeypatch.setattr(train, "time_steps", once)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--bench=rope,swa", *BENCH, f"--out_dir={tmp_path / 'bench'}"])
+    rows = json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"]
+    assert [row["preset"] for row in rows] == ["rope"]
+
+
+def test_the_bench_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(UsageError, match="without torchrun"):
+        train.main(["--bench=rope", *BENCH])
 
 
 def test_a_rate_is_only_given_for_whole_steps_that_were_timed(fit, tmp_path, records):
