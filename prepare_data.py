@@ -80,7 +80,7 @@ def parse_flags(configs, argv, description="", epilog=""):
     given, unknown = parser.parse_known_args([switches.get(word, word) for word in argv])
     if unknown:
         name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
         parser.error(f"unknown argument {name!r}: {hint}")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
@@ -582,7 +582,8 @@ def load_data(folder):
     """Open a prepared dataset: sizes are checked against meta.json, hashes are not (slow)."""
     folder, splits = Path(folder), ("train", "val")
     if not folder.is_dir():
-        raise UsageError(f"there is no dataset folder {folder}: run prepare_data.py first")
+        how = f" --dataset={folder.name}" if folder.name in KNOWN else ""
+        raise UsageError(f"there is no dataset folder {folder}: run prepare_data.py{how} first")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         enc = encoding(meta)

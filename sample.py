@@ -479,10 +479,10 @@ def write_text(run, cfg):
     """Continue the prompt and print what comes."""
     ids = prepare_data.encode(run.enc, cfg.prompt)  # a hub's tokenizer may open it, with <BOS>
     (ids,) = run.machine.put(np.array([ids if len(ids) else [run.enc.eot_token]]))
-    top_k, top_p = cfg.top_k or None, cfg.top_p if cfg.top_p < 1 else None
+    top_p = cfg.top_p if cfg.top_p < 1 else None
     generator = torch.Generator(run.machine.device).manual_seed(cfg.seed)
     with run.machine.autocast():
-        out = run.model.generate(ids, cfg.max_new_tokens, cfg.temperature, top_k, top_p,
+        out = run.model.generate(ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, top_p,
                                  run.enc.eot_token, generator)
     known = out[0][out[0] < run.enc.n_vocab].tolist()  # the model's vocabulary is padded
     print(run.enc.decode([t for t in known if t != run.enc.eot_token]))

@@ -396,7 +396,9 @@ def load_checkpoint(folder):
     """The dict that save_checkpoint wrote, on the CPU; nothing in it is executed."""
     path = Path(folder) / "ckpt.pt"
     if not path.is_file():
-        raise UsageError(f"{path} is missing: {folder} holds no run, or none saved yet")
+        near = Path("out") / folder
+        hint = f"; did you mean {near}?" if (near / "ckpt.pt").is_file() else ""
+        raise UsageError(f"{path} is missing: {folder} holds no run, or none saved yet{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["flags"] = state["model_config"] | state["train_config"]  # as they were saved

@@ -53,6 +53,7 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--device=cuda"], "use --device=cpu"),
     (["--device=abacus"], "use --device=cpu"),
     (["--device=meta"], "use --device=cpu"),
+    (["--dataset=enwik8"], "run prepare_data.py --dataset=enwik8 first"),
     (["--dtype=float8"], "invalid choice: 'float8'"),
     (["--vocab_size=100"], "drop --vocab_size"),
     (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps=0"),
@@ -91,6 +92,8 @@ PREPARE = [
 ]
 SAMPLE = [
     (["nowhere"], "nowhere holds no run"),
+    (["run"], "did you mean out/run?"),
+    (["--out_dir=out/run"], "--help lists the flags"),
     (["--probe=smell"], "choose from loss, needle"),
     (["--max_multiple=0"], "--max_multiple=0"),
     (["--max_multiple=100000"], "use --max_multiple="),
