@@ -91,6 +91,7 @@ def run_main(main):
     def stop(message, status=2):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(status)
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it cannot print what is asked for
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -149,6 +150,23 @@ TIMEOUT = 30  # seconds without a byte
 MAX_BYTES = 8 << 30  # of a download, or of what an archive unpacks to: its sender is not trusted
 
 
+def claim(path, busy):
+    """Lock a file or folder for this process. What to close, or None; UsageError(busy) if taken."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UsageError(busy) from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 def sha256_of(path):
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
@@ -159,7 +177,24 @@ def download(url, path, sha256=None):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
+    part.touch()
+    lock = claim(part, f"another process is fetching {path}: wait for it")
+    try:
+        if path.exists():  # it was, and has just finished
+            part.unlink(missing_ok=True)
+        else:
+            fetch_into(part, url, path, sha256)
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
+        if lock is not None:
+            os.close(lock)
+    return path
+
+
+def fetch_into(part, url, path, sha256):
+    """download, once nobody else writes to part."""
+    have = part.stat().st_size
     headers = {"User-Agent": "nanornope", "Range": f"bytes={have}-"}
     request = urllib.request.Request(url, headers=headers)
     try:  # a ValueError below means that nothing of the part can be trusted
@@ -190,7 +225,6 @@ def download(url, path, sha256=None):
         raise UsageError(f"cannot download {url}: {str(error) or repr(error)}; check the network, "
                          f"or put a copy of the file at {path}") from None
     os.replace(part, path)
-    return path
 
 
 def unzip(archive):
@@ -202,7 +236,7 @@ def unzip(archive):
                 raise zipfile.BadZipFile(f"it unpacks to more than {MAX_BYTES} bytes")
             if not path.exists():
                 write_atomically(path, opened.read(path.name))
-    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:  # it is encrypted
         raise UsageError(f"{archive} is no zip of {path.name} ({error}): delete it") from None
     return path
 
@@ -268,6 +302,7 @@ def encode(enc, text):
     if enc.name == "byte":
         # 50 times faster than tiktoken. A shell gives bytes that are no UTF-8 as surrogates.
         return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+    text = text.encode(errors="surrogateescape").decode(errors="replace")
     return enc.encode_to_numpy(text, disallowed_special=())
 
 
@@ -300,7 +335,8 @@ class DataConfig:
     val_frac: float = flag(0.0, "share held out, where the corpus has no validation split; 0: "
                            "0.1 of shakespeare and enwik8, else 0.05", least=0, most=0.9)
     books: int = flag(200, "pg19: how many of its 28,602 training books", least=1)
-    shards: int = flag(1, "fineweb10B: how many of its 103 shards of 100M training tokens", least=1)
+    shards: int = flag(1, "fineweb10B: how many of its 103 shards of 100M training tokens", least=1,
+                       most=103)
 
 
 class File(NamedTuple):
@@ -377,7 +413,7 @@ def find_files(root, label, skip):
     """Yield the visible files in root, outside folders whose name or path is in skip."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")
-                         and name not in skip and os.path.abspath(f"{folder}/{name}") not in skip]
+                         and name not in skip and os.path.realpath(f"{folder}/{name}") not in skip]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.is_file():
                 yield whole(path, f"{label}/{path.relative_to(root).as_posix()}")
@@ -403,7 +439,7 @@ def named_files(names, data_dir):
     files, skipped = {}, 0  # by resolved path: a file named twice is one document
     for root in map(Path, names):
         if root.is_dir():
-            found = list(find_files(root, root.resolve().name, {os.path.abspath(data_dir)}))
+            found = list(find_files(root, root.resolve().name, {os.path.realpath(data_dir)}))
             good = [file for file in found if is_text(file)]
             skipped += len(found) - len(good)
         elif root.is_file():
@@ -454,9 +490,9 @@ def open_corpus(cfg):
     elif known == "tinystories":
         files, val, read = [fetch(known, part="train")], [fetch(known, part="valid")], read_stories
     elif known == "pg19":  # whole books (arXiv 1911.05507); a larger sample holds the smaller one
-        books = fetch("pg19_list", part="validation").path.read_text().split()
+        books = fetch("pg19_list", part="validation").path.read_text("utf-8", "replace").split()
         val = [fetch(known, book=book) for book in books]
-        books = fetch("pg19_list", part="train").path.read_text().split()
+        books = fetch("pg19_list", part="train").path.read_text("utf-8", "replace").split()
         files = [fetch(known, book=book) for book in sorted(books, key=draw)[:cfg.books]]
     elif known == "fineweb10B":
         files = [fetch(known, shard=f"train_{i + 1:06d}") for i in range(cfg.shards)]
@@ -480,7 +516,7 @@ BPE_SAMPLE = 8 << 20  # characters that a bpe vocabulary is trained on
 
 
 def check_config(cfg):
-    """Refuse what cannot be prepared. Returns (folder, the settings that decide its content)."""
+    """Refuse what cannot be prepared. Returns (folder, the settings it is made from)."""
     check_ranges(cfg)
     known = [name for name in cfg.dataset if name in KNOWN]
     if not cfg.dataset or (known and len(cfg.dataset) > 1):
@@ -524,13 +560,17 @@ def write_tokens(path, files, read, enc, dtype):
     return counts | dict(sha256=sha256_of(path))
 
 
+def check_made(folder, settings):
+    made = load_data(folder).meta.get("settings", {})
+    if any(made.get(name, value) != value for name, value in settings.items()):
+        raise UsageError(f"{folder} has other settings: use another --name, or delete it")
+
+
 def prepare(cfg):
     """Make the dataset cfg names, or find it made: whole, or not there. Returns its folder."""
     folder, settings = check_config(cfg)
     if folder.exists():
-        made = load_data(folder).meta.get("settings", {})
-        if any(made.get(name, value) != value for name, value in settings.items()):
-            raise UsageError(f"{folder} has other settings: use another --name, or delete it")
+        check_made(folder, settings)
         print(f"{folder} is already made from these settings; delete it to make it anew")
         return folder
     making = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # renamed at the end
@@ -545,7 +585,7 @@ def prepare(cfg):
         enc = encoding(meta)
         dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
         meta |= dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype=dtype)
-        making.mkdir(parents=True)
+        making.mkdir(parents=True, exist_ok=True)  # of a process that was killed, once
         for split, files in zip(("train", "val"), splits, strict=True):
             counts = write_tokens(making / f"{split}.bin", files, read, enc, dtype)
             meta |= {f"{split}_{name}": count for name, count in counts.items()}
@@ -553,8 +593,9 @@ def prepare(cfg):
         write_atomically(making / "meta.json", json.dumps(meta, indent=1) + "\n")
         os.replace(making, folder)
     except OSError as error:
-        if not folder.exists():  # another process may have made it meanwhile
+        if not folder.exists():
             raise UsageError(f"cannot make {folder}: {error}") from error
+        check_made(folder, settings)  # by another process, meanwhile
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder

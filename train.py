@@ -161,6 +161,8 @@ class Machine:
         """Seconds, told once the device has done all that was asked of it."""
         if self.cuda:
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
     def peak_flops(self):
@@ -442,23 +444,6 @@ def choose_out_dir(cfg, pattern):
     return name
 
 
-def claim(folder):
-    """Lock a run's folder, in which two runs would overwrite each other. What to close, or None."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UsageError(f"another process trains in {folder}: name another --out_dir") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
 def describe(cfg, model, machine):
     """What config.json says of a run: its flags, and what else it takes to do it again."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -610,7 +595,8 @@ def train(given):
     folder, T, lock = Path(cfg.out_dir), model.config.block_size, None
     if machine.main:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = claim(folder)
+        lock = prepare_data.claim(folder, f"another process trains in {folder}: name another "
+                                          "--out_dir")
         if not step:
             about = json.dumps(describe(cfg, model, machine), indent=2)
             prepare_data.write_atomically(folder / "config.json", about)

@@ -1,6 +1,7 @@
 """Bad input gets one line that says what to do, exit status 2, and costs nothing that was there."""
 
 import hashlib
+import io
 import shutil
 import sys
 
@@ -96,6 +97,7 @@ SAMPLE = [
     (["--out_dir=out/run"], "--help lists the flags"),
     (["--probe=smell"], "choose from loss, needle"),
     (["--max_multiple=0"], "--max_multiple=0"),
+    (["--max_multiple=99999999", "--haystack=noise"], "or less"),
     (["--max_multiple=100000"], "use --max_multiple="),
     (["--top_p=2"], "--top_p=2"),
     (["--factor=1"], "--factor=1"),
@@ -202,6 +204,13 @@ def test_token_ids_beyond_the_vocabulary_are_told(place, monkeypatch, capfd):
 def test_an_unwritable_folder_is_told(place, monkeypatch, capfd):
     argv = [*TINY, "--dataset=tiny", "--out_dir=good.txt/run"]
     ends_in_one_line("train.py", train.main, argv, "choose another folder", monkeypatch, capfd)
+
+
+def test_a_terminal_without_a_sign_gets_its_number(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    run_main(lambda argv: print("0.5 \u00b1 0.1"))
+    assert out.buffer.getvalue() == b"0.5 \\xb1 0.1\n"
 
 
 def test_a_missing_extra_is_told(place, monkeypatch, capfd):

@@ -1,3 +1,4 @@
+import base64
 import hashlib
 import http.server
 import json
@@ -331,6 +332,32 @@ def test_a_prepared_folder_is_found_and_other_settings_are_refused(tmp_path, cap
         prepare(config(tmp_path, root, val_frac=0.2))
 
 
+def test_what_another_process_made_meanwhile_is_taken_if_it_is_the_same(tmp_path, monkeypatch):
+    root, real = folder_of_texts(tmp_path / "t"), pd.open_corpus
+
+    def beaten(**more):
+        def open_corpus(cfg):
+            monkeypatch.setattr(pd, "open_corpus", real)
+            monkeypatch.setattr(os, "getpid", lambda: 10**6)
+            prepare(config(tmp_path, root, name=f"race{len(more)}", **more))
+            monkeypatch.undo()
+            return real(cfg)
+        return open_corpus
+    monkeypatch.setattr(pd, "open_corpus", beaten())
+    assert prepare(config(tmp_path, root, name="race0")) == tmp_path / "data" / "race0"
+    monkeypatch.setattr(pd, "open_corpus", beaten(tokenizer="bpe"))
+    with pytest.raises(UsageError, match="other settings"):
+        prepare(config(tmp_path, root, name="race1"))
+    assert load_data(tmp_path / "data" / "race1").meta["tokenizer"] == "bpe"
+    assert sorted(os.listdir(tmp_path / "data")) == ["race0", "race1"]
+
+
+def test_what_a_killed_process_of_this_number_left_is_no_hindrance(tmp_path):
+    (tmp_path / "data" / f"t.{os.getpid()}.partial").mkdir(parents=True)
+    folder = prepare(config(tmp_path, folder_of_texts(tmp_path / "t")))
+    assert os.listdir(tmp_path / "data") == [folder.name]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
     calls = []
@@ -362,6 +389,10 @@ def test_a_folder_around_data_dir_is_read_without_it(tmp_path):
     folder_of_texts(tmp_path / "t", 5)
     folder_of_texts(tmp_path / "data" / "downloads", 3)
     assert load_data(prepare(config(tmp_path, tmp_path))).meta["source"]["files"] == 5
+    link = tmp_path.with_name("link-to-" + tmp_path.name)
+    link.symlink_to(tmp_path)
+    again = prepare(config(tmp_path, link, name="linked"))
+    assert load_data(again).meta["source"]["files"] == 5
 
 
 @pytest.mark.parametrize(("content", "told"), [
@@ -455,13 +486,18 @@ def test_enwik8_unpacks_its_one_member_and_no_other(tmp_path, server, monkeypatc
     assert not list(tmp_path.rglob("evil"))
 
 
-@pytest.mark.parametrize("case", ["no member", "no zip"])
+@pytest.mark.parametrize("case", ["no member", "no zip", "encrypted"])
 def test_a_wrong_zip_is_refused_in_a_line(tmp_path, case):
     path = tmp_path / "data" / "downloads" / "enwik8" / "enwik8.zip"
     path.parent.mkdir(parents=True)
     archive(path, UP_enwik8="text")
     if case == "no zip":
         path.write_bytes(b"PK no zip")
+    if case == "encrypted":
+        body = bytearray(archive(path, enwik8="text"))
+        body[6] |= 1  # a flag, told before the member and in the directory at the end
+        body[body.index(b"PK\1\2") + 8] |= 1
+        path.write_bytes(body)
     with pytest.raises(UsageError, match="delete it"):
         prepare(config(tmp_path, "enwik8"))
     assert os.listdir(path.parent) == ["enwik8.zip"]
@@ -599,6 +635,32 @@ def test_a_bad_answer_is_one_line_that_names_the_url(server, tmp_path, fetch, ho
     assert server.url in line and str(tmp_path / "sub" / "file") in line and "\n" not in line
     assert not (tmp_path / "sub" / "file").exists()
     assert (tmp_path / "sub" / "file.part").exists() == (told == "cut off")
+
+
+def test_bytes_of_a_shell_that_are_no_text_do_not_stop_a_tokenizer():
+    bpe = pd.encoding(dict(tokenizer="bpe", ranks=[base64.b64encode(bytes([i])).decode()
+                                                   for i in range(256)]))
+    assert bytes(pd.encode(bpe, "a\udcff").tolist()) == "a\ufffd".encode()
+
+
+def test_two_processes_do_not_fetch_one_file_into_each_other(server, tmp_path, fetch):
+    (tmp_path / "sub").mkdir()
+    part = tmp_path / "sub" / "file.part"
+    part.write_bytes(BODY[:100])
+    lock = pd.claim(part, "busy")  # another one's
+    with pytest.raises(UsageError, match="another process is fetching"):
+        fetch()
+    assert part.read_bytes() == BODY[:100]
+    os.close(lock)
+    assert fetch() == BODY
+
+
+def test_a_file_that_another_process_just_fetched_is_taken(server, tmp_path, fetch, monkeypatch):
+    def claim(path, busy):
+        (tmp_path / "sub" / "file").write_bytes(b"theirs")
+    monkeypatch.setattr(pd, "claim", claim)
+    assert fetch() == b"theirs" and not server.asked
+    assert os.listdir(tmp_path / "sub") == ["file"]
 
 
 def test_a_server_that_never_ends_is_cut_off(server, tmp_path, fetch, monkeypatch):

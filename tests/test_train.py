@@ -426,7 +426,7 @@ def test_resuming_on_another_text_is_refused(stopped_run):
 
 def test_two_runs_do_not_share_a_folder(fit, tmp_path):
     (tmp_path / "run").mkdir()
-    lock = train.claim(tmp_path / "run")
+    lock = prepare_data.claim(tmp_path / "run", "busy")
     with pytest.raises(UsageError, match="another process trains in .*run: name another"):
         fit(tmp_path / "run", "--max_iters=1")
     os.close(lock)
