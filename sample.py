@@ -66,7 +66,8 @@ class SampleConfig:
     tasks: str = flag(",".join(prepare_data.TASKS), "what the ruler probe asks",
                       each=prepare_data.TASKS)
     cost_rows: int = flag(8, "rows at once for the cost probe", least=1)
-    max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1)
+    max_multiple: int = flag(16, "longest context, as a multiple of the training context", least=1,
+                             most=2**24)
     factor: int = flag(2, "from one length to the next", least=2)
     samples: int = flag(32, "rows scored for each number", least=1)
     questions: int = flag(1, "needle: about different facts, at the end of each row", least=1)
@@ -77,7 +78,7 @@ class SampleConfig:
     log_scale: bool | None = flag(None, "instead of the run's: see train.py --help")
     window: int | None = flag(None, "instead of the run's")
     rope_theta: float | None = flag(None, "instead of the run's")
-    attention: str | None = flag(None, "instead of the run's: auto, mask, blocks, flash")
+    attention: str | None = flag(None, "instead of the run's: auto, mask, blocks, flash, flex")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "bfloat16 on CUDA if auto", choices=("auto", "float32", "bfloat16"))
 
@@ -150,6 +151,18 @@ class Run:
             raise UsageError(f"--haystack={name}: {self.folder} was trained on that; without the "
                              "flag, the haystack is its validation text")
         return other.train  # none of it was seen in training
+
+    def check(self):
+        """UsageError for what the probes cannot ask, before any of them has taken minutes."""
+        probes = set(self.cfg.probe.split(","))
+        if probes != {"cost"}:
+            self.rows(self.T)
+        for task in self.cfg.tasks.split(",") if "ruler" in probes else ():
+            self.planted(self.T, task=task)
+        if "needle" in probes or self.cfg.heatmap:
+            self.planted(self.T)
+        if "attention" in probes:
+            self.planted(self.T, 0.5)
 
     def rows(self, length, haystack=None):
         """(samples, length + 1) token ids, ending at the same places whatever the length."""
@@ -349,13 +362,14 @@ def lines_of(runs):
     for run in runs:
         same = asdict(run.train) | asdict(run.model.config) | dict.fromkeys(["seed", *RESUMABLE])
         # A second stage: of first ones called alike but for a number, NAME or NAME-1 and NAME-2.
-        same["init_from"] = re.sub(r"[-_]?\d*/?$", "", run.train.init_from)
+        same["init_from"] = re.sub(r"([-_]\d{1,2})?/?$", "", run.train.init_from)
+        same["text"] = run.meta and run.meta["train_sha256"]
         known[str(same), run.train.seed] += 1  # a seed that comes again begins a line of its own
         groups[str(same), known[str(same), run.train.seed]].append(run)
     for group in groups.values():
         first, seeds = group[0].folder, f" ({len(group)} seeds)" if len(group) > 1 else ""
-        label = first.name + seeds
-        lines[str(first) + seeds if label in lines else label] = group
+        names = (f"{name}{seeds}" for name in (first.name, first, first.resolve()) if str(name))
+        lines[next(name for name in names if name not in lines)] = group
     return lines
 
 
@@ -448,10 +462,12 @@ def draw(lines, cfg, path):
                 name = f"{label}, layers {kind}" if kind else label
                 (line,) = axis.plot(x, mean, marker="o", linewidth=2, label=name)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
-        axis.axvline(runs[0].T, color="gray", linestyle=":", linewidth=1)
-        axis.annotate(" trained to here", (runs[0].T, 1), xycoords=("data", "axes fraction"),
-                      va="top", color="gray", fontsize=8)
+        for T in {runs[0].T for runs in lines.values()}:
+            axis.axvline(T, color="gray", linestyle=":", linewidth=1)
+            axis.annotate(" trained to here", (T, 1), xycoords=("data", "axes fraction"),
+                          va="top", color="gray", fontsize=8)
         axis.set_xscale("log", base=2)
+        x = sorted({m * runs[0].T for runs in lines.values() for m in runs[0].found[probe]})
         axis.set_xticks(x, [f"{v:,}" for v in x], rotation=45, ha="right", fontsize=8)
         axis.set_ylim(bottom=0, top=1.05 if probe in ("needle", "ruler") else None)
         plain(axis, xlabel="context, tokens", title=TITLES[probe][1].split(" (")[0])
@@ -478,6 +494,8 @@ def draw(lines, cfg, path):
 def write_text(run, cfg):
     """Continue the prompt and print what comes."""
     ids = prepare_data.encode(run.enc, cfg.prompt)  # a hub's tokenizer may open it, with <BOS>
+    if not len(ids) and run.enc.eot_token is None:
+        raise UsageError(f"{run.folder} has no token that begins a text: give --prompt some text")
     (ids,) = run.machine.put(np.array([ids if len(ids) else [run.enc.eot_token]]))
     top_p = cfg.top_p if cfg.top_p < 1 else None
     generator = torch.Generator(run.machine.device).manual_seed(cfg.seed)
@@ -499,6 +517,8 @@ def main(argv):
             print(f"{run.folder}:", file=sys.stderr)
             write_text(run, cfg)
         return
+    for run in runs:
+        run.check()
     for run in runs:
         print(f"{run.folder}: T {run.T}, layers  {run.model.plan()}", flush=True)
         run.found = measure(run, cfg)

@@ -144,4 +144,8 @@ def test_what_is_wrong_is_said_before_anything_is_timed(data_dir, tmp_path, caps
         beside.main(["rope", "rnope-swa", *SMALL, "--n_layer=2"])
     with pytest.raises(UsageError, match="token ids: drop --vocab_size"):
         beside.main(["rope", *SMALL, "--seconds=1", f"--data={data_dir}/tiny", "--vocab_size=64"])
+    with pytest.raises(UsageError, match="lower --block_size"):
+        beside.main(["rope", "--seconds=1", f"--data={data_dir}/tiny", "--block_size=9999999"])
+    with pytest.raises(UsageError, match="is a folder: name a file"):
+        beside.main(["rope", *SMALL, f"--out={tmp_path}"])
     assert not capsys.readouterr().out

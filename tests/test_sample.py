@@ -450,6 +450,45 @@ def test_seeds_become_one_line_of_mean_and_standard_deviation(fit, own_run, tmp_
         assert cell.startswith(f"{np.mean(x):.3f} ± {abs(x[0] - x[1]) / math.sqrt(2):.3f} (")
 
 
+def test_runs_called_alike_keep_a_line_each(own_run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(own_run, tmp_path / "a" / "own")
+    monkeypatch.chdir(tmp_path / "a")
+    ask([own_run, "own"], "--probe=loss", "--max_multiple=1")
+    labels = set(table_rows(capsys.readouterr().out, "bits per byte")) - {"run", "---"}
+    assert labels == {"own", str(tmp_path / "a" / "own")}
+
+
+def test_runs_on_different_texts_are_no_seeds(variant, capsys, monkeypatch):
+    runs = [variant(f"s{s}", train=dict(seed=s)) for s in (1, 2)]
+    groups = [Run(folder, SampleConfig(probe="cost"), train.Machine("cpu")) for folder in runs]
+    assert list(sample.lines_of(groups)) == ["s1 (2 seeds)"]
+    groups[1].meta = groups[1].meta | dict(train_sha256="another")
+    assert list(sample.lines_of(groups)) == ["s1", "s2"]
+
+
+def test_first_stages_that_differ_in_more_than_a_seeds_number_are_told_apart(variant):
+    runs = [variant(f"long-{s}", train=dict(seed=s, init_from=f"out/{name}"))
+            for s, name in enumerate(("SN-400", "SN-800"))]
+    groups = [Run(folder, SampleConfig(), train.Machine("cpu")) for folder in runs]
+    assert list(sample.lines_of(groups)) == ["long-0", "long-1"]
+
+
+def test_what_cannot_be_asked_is_told_before_anything_is_measured(variant, monkeypatch):
+    monkeypatch.setitem(sample.PROBES, "loss", lambda *_: 1 / 0)
+    with pytest.raises(UsageError, match="cannot hold the facts"):
+        ask(variant("one"), "--probe=loss,ruler", "--tasks=multikey")
+
+
+def test_the_figure_tells_of_each_run_where_its_training_ended(variant, monkeypatch):
+    from matplotlib.axes import Axes
+
+    told, real = [], Axes.axvline
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **k: (told.append(x), real(self, x, **k)))
+    runs = [variant("short", model=dict(block_size=32)), variant("long")]
+    ask(runs, "--probe=loss", "--max_multiple=2")
+    assert sorted(told) == [32, 64]
+
+
 def test_a_run_named_twice_is_no_second_seed(own_run):
     with pytest.raises(UsageError, match="named twice"):
         ask([own_run, f"{own_run}/"], "--probe=loss")
