@@ -29,6 +29,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
@@ -91,7 +92,8 @@ def run_main(main):
     def stop(message, status=2):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(status)
-    sys.stdout.reconfigure(errors="backslashreplace")  # where it cannot print what is asked for
+    with suppress(AttributeError):  # a notebook's stdout has not this, and needs it not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -368,8 +368,9 @@ def lines_of(runs):
         groups[str(same), known[str(same), run.train.seed]].append(run)
     for group in groups.values():
         first, seeds = group[0].folder, f" ({len(group)} seeds)" if len(group) > 1 else ""
-        names = (f"{name}{seeds}" for name in (first.name, first, first.resolve()) if str(name))
-        lines[next(name for name in names if name not in lines)] = group
+        names = first.name or first.resolve().name, first, first.resolve()
+        labels = (f"{name}{seeds}" for name in names)
+        lines[next(label for label in labels if label not in lines)] = group
     return lines
 
 

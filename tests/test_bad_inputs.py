@@ -211,6 +211,9 @@ def test_a_terminal_without_a_sign_gets_its_number(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     run_main(lambda argv: print("0.5 \u00b1 0.1"))
     assert out.buffer.getvalue() == b"0.5 \\xb1 0.1\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook: it cannot be told
+    run_main(lambda argv: print("0.5 \u00b1 0.1"))
+    assert sys.stdout.getvalue() == "0.5 \u00b1 0.1\n"
 
 
 def test_a_missing_extra_is_told(place, monkeypatch, capfd):
