@@ -745,7 +745,8 @@ class GPT(nn.Module):
         rope = hf.get("rope_parameters") or {k: hf[k] for k in ("rope_theta",) if k in hf}
         if rope.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
             raise UsageError(f"{folder} scales its RoPE ({rope}): that cannot be read")
-        absent = {key for key in HF_CONFIG.values() if hf.get(key) is None} or (
+        known = {ours: override.get(ours, hf.get(theirs)) for ours, theirs in HF_CONFIG.items()}
+        absent = {HF_CONFIG[ours] for ours, value in known.items() if value is None} or (
             {"rope_theta"} - {*rope})
         if absent:
             raise UsageError(f"{folder}/config.json does not say {', '.join(sorted(absent))}")
@@ -758,7 +759,6 @@ class GPT(nn.Module):
                 raise UsageError(f"{folder}/config.json has layer_types {hf['layer_types']}: it "
                                  f"takes {n}, each of {', '.join(kinds)}")
         tiles = (letters[:k] for k in range(1, n + 1) if (letters[:k] * n)[:n] == letters)
-        known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items()}
         known |= dict(pattern=next(tiles), rope_theta=rope["rope_theta"])
         with torch.device("meta"):  # no weights yet: they are about to be assigned
             model = GPT(ModelConfig(**known | override))

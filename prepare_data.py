@@ -179,16 +179,11 @@ def download(url, path, sha256=None):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    lock = claim(part, f"another process is fetching {path}: wait for it")
+    lock = claim(path.parent, f"another process is fetching into {path.parent}: wait for it")
     try:
-        if path.exists():  # it was, and has just finished
-            part.unlink(missing_ok=True)
-        else:
+        if not path.exists():  # or it was, and has just finished
             fetch_into(part, url, path, sha256)
     finally:
-        if part.exists() and not part.stat().st_size:
-            part.unlink()
         if lock is not None:
             os.close(lock)
     return path
@@ -196,7 +191,7 @@ def download(url, path, sha256=None):
 
 def fetch_into(part, url, path, sha256):
     """download, once nobody else writes to part."""
-    have = part.stat().st_size
+    have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nanornope", "Range": f"bytes={have}-"}
     request = urllib.request.Request(url, headers=headers)
     try:  # a ValueError below means that nothing of the part can be trusted
@@ -575,7 +570,8 @@ def prepare(cfg):
         check_made(folder, settings)
         print(f"{folder} is already made from these settings; delete it to make it anew")
         return folder
-    making = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # renamed at the end
+    unique = f"{os.getpid()}-{time.time_ns()}"  # two containers may have processes of one number
+    making = folder.with_name(f"{folder.name}.{unique}.partial")  # renamed at the end
     meta = dict(dataset=settings["dataset"], tokenizer=cfg.tokenizer, settings=settings)
     try:
         if cfg.tokenizer == "gpt2":
@@ -587,7 +583,7 @@ def prepare(cfg):
         enc = encoding(meta)
         dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
         meta |= dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype=dtype)
-        making.mkdir(parents=True, exist_ok=True)  # of a process that was killed, once
+        making.mkdir(parents=True)
         for split, files in zip(("train", "val"), splits, strict=True):
             counts = write_tokens(making / f"{split}.bin", files, read, enc, dtype)
             meta |= {f"{split}_{name}": count for name, count in counts.items()}
@@ -625,7 +621,8 @@ def load_data(folder):
     """Open a prepared dataset: sizes are checked against meta.json, hashes are not (slow)."""
     folder, splits = Path(folder), ("train", "val")
     if not folder.is_dir():
-        how = f" --dataset={folder.name}" if folder.name in KNOWN else ""
+        known = folder.name in KNOWN and folder.name != "fineweb10B"  # which needs more flags
+        how = f" --dataset={folder.name} --data_dir={folder.parent}" if known else ""
         raise UsageError(f"there is no dataset folder {folder}: run prepare_data.py{how} first")
     try:
         meta = json.loads((folder / "meta.json").read_text())

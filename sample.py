@@ -159,9 +159,9 @@ class Run:
             self.rows(self.T)
         for task in self.cfg.tasks.split(",") if "ruler" in probes else ():
             self.planted(self.T, task=task)
-        if "needle" in probes or self.cfg.heatmap:
+        if "needle" in probes:
             self.planted(self.T)
-        if "attention" in probes:
+        if "attention" in probes or self.cfg.heatmap:
             self.planted(self.T, 0.5)
 
     def rows(self, length, haystack=None):
@@ -361,8 +361,10 @@ def lines_of(runs):
     groups, lines, known = defaultdict(list), {}, Counter()
     for run in runs:
         same = asdict(run.train) | asdict(run.model.config) | dict.fromkeys(["seed", *RESUMABLE])
-        # A second stage: of first ones called alike but for a number, NAME or NAME-1 and NAME-2.
-        same["init_from"] = re.sub(r"([-_]\d{1,2})?/?$", "", run.train.init_from)
+        # A second stage: of first ones called alike but for the seed, or a number of two digits at
+        # most, as in NAME and NAME-2.
+        number = rf"[-_]?(?<!\d){run.train.seed}/?$|[-_]\d{{1,2}}/?$|/$"
+        same["init_from"] = re.sub(number, "", run.train.init_from)
         same["text"] = run.meta and run.meta["train_sha256"]
         known[str(same), run.train.seed] += 1  # a seed that comes again begins a line of its own
         groups[str(same), known[str(same), run.train.seed]].append(run)

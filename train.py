@@ -107,10 +107,9 @@ class TrainConfig:
 RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
              "log_interval"}
 
-# Flags that ask for a choice: what is saved is the choice.
-SETTLED = dict(scale="auto", dtype="auto", n_kv_head=0, ffn_dim=0)
+SETTLED = dict(scale="auto", dtype="auto")  # what asks for a choice: the choice is what is saved
 
-STOPS = (signal.SIGINT, signal.SIGTERM)  # the step at hand is finished, and saved, first
+STOPS = (signal.SIGINT, signal.SIGTERM)  # the step at hand is finished, checked and saved, first
 
 
 class Machine:
@@ -513,7 +512,7 @@ def open_dataset(cfg, T):
     if dist.is_initialized():
         dist.barrier()
     data = prepare_data.load_data(folder)
-    longest = max((T, "block_size"), (cfg.long_rows, "long_rows"))
+    longest = (cfg.long_rows, "long_rows") if cfg.long_rows > T else (T, "block_size")
     for split, (least, name) in (("train", longest), ("val", (T, "block_size"))):
         if len(getattr(data, split)) <= least:
             raise UsageError(f"{folder}/{split}.bin has {len(getattr(data, split))} tokens: too "
@@ -541,6 +540,8 @@ def begin(given):
             raise UsageError(f"{resumed} does not say {', '.join(unsaid)}: another version of "
                              "train.py made it. Start a second stage from it, with --init_from")
         for name, value in given.items():
+            if name in ("n_kv_head", "ffn_dim"):  # 0 stands for a number
+                value = getattr(replace(model_cfg, **{name: value}), name)
             if name not in RESUMABLE and value not in (saved[name], SETTLED.get(name)):
                 raise UsageError(f"--{name}={value} contradicts {resumed}, made with "
                                  f"{saved[name]!r}: drop it, or start a second stage with "
@@ -647,7 +648,8 @@ def train(given):
                 check_finite("loss", mean, step, folder)
                 log.step(step, mean, lr, done * tokens / (time.time() - clock) if done else None)
                 if due or stop:  # the loss is of the weights before this step: are these sound?
-                    val = evaluate(model, data, cfg, T, machine)
+                    asked = cfg if due else replace(cfg, eval_iters=1)
+                    val = evaluate(model, data, asked, T, machine)
                     check_finite("validation loss", val, step, folder)
                 if due:
                     best = min(best, val)
@@ -728,15 +730,17 @@ def bench(given):
             row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
             row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
         found.append(row)
-        if cfg.out_dir:
+        if cfg.out_dir:  # beside an older one, until all is timed
             text = json.dumps(about | dict(rows=found), indent=1)
-            prepare_data.write_atomically(Path(cfg.out_dir) / "bench.json", text)
+            prepare_data.write_atomically(Path(cfg.out_dir) / "bench.partial.json", text)
         cells = [str(row[key]) for key in ("T", "rows", "path", "preset", "window")]
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}" if row["mfu"] else "-"]
         more = (row.get(key) for key in ("peak_gb", "x_rope", "flops_allow"))
         cells += ["-" if number is None else f"{number:.2f}" for number in more]
         bar.write("| " + " | ".join(cells) + " |", file=sys.stdout)
         sys.stdout.flush()
+    if cfg.out_dir:
+        (Path(cfg.out_dir) / "bench.partial.json").replace(Path(cfg.out_dir) / "bench.json")
 
 
 def clock_steps(step, machine, least, seconds):

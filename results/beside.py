@@ -230,9 +230,10 @@ def main(argv):
         raise UsageError(f"{cfg.data} has {known} token ids: drop --vocab_size")
     # All of them now: a wrong flag is to fail before minutes of training. Peers take the sizes.
     shapes = [ModelConfig(**PRESETS.get(name, dict(pattern="R")) | given) for name in cfg.names]
-    if data and len(data.train) <= shapes[0].block_size + 1:
-        raise UsageError(f"{cfg.data} has {len(data.train)} tokens: lower --block_size")
-    if Path(cfg.out).is_dir() and cfg.out:
+    least = data and min(len(data.train) - 1, len(data.val))
+    if data and least <= shapes[0].block_size:
+        raise UsageError(f"{cfg.data} has room for rows of {least} tokens: lower --block_size")
+    if cfg.out and Path(cfg.out).is_dir():
         raise UsageError(f"--out={cfg.out} is a folder: name a file")
     if "nanochat" in cfg.names and shapes[0].n_embd % 128:
         raise UsageError(f"--n_embd={shapes[0].n_embd}: nanochat has heads of 128")

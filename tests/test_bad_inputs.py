@@ -54,7 +54,7 @@ TRAIN = [  # flags of train.py -> what the line must say
     (["--device=cuda"], "use --device=cpu"),
     (["--device=abacus"], "use --device=cpu"),
     (["--device=meta"], "use --device=cpu"),
-    (["--dataset=enwik8"], "run prepare_data.py --dataset=enwik8 first"),
+    (["--dataset=enwik8"], "run prepare_data.py --dataset=enwik8 --data_dir=data first"),
     (["--dtype=float8"], "invalid choice: 'float8'"),
     (["--vocab_size=100"], "drop --vocab_size"),
     (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps=0"),

@@ -114,6 +114,13 @@ def test_a_copy_that_was_cut_off_is_refused_in_a_line(tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+def test_what_a_config_leaves_open_may_be_given(tmp_path):
+    cohere2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | dict(sliding_window=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert GPT.from_pretrained(tmp_path, window=16).config.window == 16
+
+
 def test_a_size_asked_for_is_named_where_the_weights_have_another(tmp_path):
     cohere2().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="'ffn_dim': 8"):

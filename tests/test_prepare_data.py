@@ -352,10 +352,21 @@ def test_what_another_process_made_meanwhile_is_taken_if_it_is_the_same(tmp_path
     assert sorted(os.listdir(tmp_path / "data")) == ["race0", "race1"]
 
 
-def test_what_a_killed_process_of_this_number_left_is_no_hindrance(tmp_path):
-    (tmp_path / "data" / f"t.{os.getpid()}.partial").mkdir(parents=True)
-    folder = prepare(config(tmp_path, folder_of_texts(tmp_path / "t")))
-    assert os.listdir(tmp_path / "data") == [folder.name]
+def test_two_processes_of_one_number_make_one_dataset_or_the_other(tmp_path, monkeypatch):
+    root, real, whole = folder_of_texts(tmp_path / "t"), pd.write_tokens, []  # as in two containers
+
+    def write_tokens(path, *args):
+        monkeypatch.setattr(pd, "write_tokens", real)
+        with open(path, "wb") as half:
+            half.write(b"half")
+            whole.append(hashes(prepare(config(tmp_path, root, val_frac=0.3))))
+            half.write(b"more")
+        return real(path, *args)
+    monkeypatch.setattr(pd, "write_tokens", write_tokens)
+    with pytest.raises(UsageError, match="other settings"):
+        prepare(config(tmp_path, root))
+    assert hashes(tmp_path / "data" / "t") == whole[0]
+    assert os.listdir(tmp_path / "data") == ["t"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
@@ -647,7 +658,7 @@ def test_two_processes_do_not_fetch_one_file_into_each_other(server, tmp_path, f
     (tmp_path / "sub").mkdir()
     part = tmp_path / "sub" / "file.part"
     part.write_bytes(BODY[:100])
-    lock = pd.claim(part, "busy")  # another one's
+    lock = pd.claim(part.parent, "busy")  # another one's
     with pytest.raises(UsageError, match="another process is fetching"):
         fetch()
     assert part.read_bytes() == BODY[:100]

@@ -473,6 +473,10 @@ def test_first_stages_that_differ_in_more_than_a_seeds_number_are_told_apart(var
     assert list(sample.lines_of(groups)) == ["long-0", "long-1"]
 
 
+def test_a_heatmap_asks_one_question_however_many_are_asked_elsewhere(variant):
+    ask(variant("one"), "--probe=loss", "--heatmap", "--questions=9", "--max_multiple=1")
+
+
 def test_what_cannot_be_asked_is_told_before_anything_is_measured(variant, monkeypatch):
     monkeypatch.setitem(sample.PROBES, "loss", lambda *_: 1 / 0)
     with pytest.raises(UsageError, match="cannot hold the facts"):
@@ -500,10 +504,11 @@ def test_a_second_stage_is_no_seed_of_the_first(variant, capsys):
     assert set(table_rows(capsys.readouterr().out, "bits per byte")) == {"run", "---", "one", "two"}
 
 
-@pytest.mark.parametrize("first", [("short-1", "short-2"), ("short", "short-2")])
+@pytest.mark.parametrize("first", [("short-1", "short-2"), ("short", "short-2"),
+                                   ("short1337", "short1338/")])
 def test_second_stages_of_seeds_are_seeds_however_they_were_numbered(variant, capsys, first):
-    runs = [variant(f"long-{s}", train=dict(seed=s, init_from=f"out/{name}"))
-            for s, name in enumerate(first)]
+    runs = [variant(f"long-{n}", train=dict(seed=1337 + n, init_from=f"out/{name}"))
+            for n, name in enumerate(first)]
     ask(runs, "--probe=loss", "--max_multiple=1")
     assert "long-0 (2 seeds)" in table_rows(capsys.readouterr().out, "bits per byte")
 

@@ -384,7 +384,8 @@ def stopped_run(fit, tmp_path, stop_at):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--learning_rate=0.5", "--window=3", "--seed=7", "--preset=rope", "--batch_size=8"]
+    "flag", ["--learning_rate=0.5", "--window=3", "--seed=7", "--preset=rope", "--batch_size=8",
+             "--n_kv_head=2", "--ffn_dim=32"]  # fmt: skip
 )
 def test_resuming_with_a_contradicting_flag_names_it(stopped_run, flag):
     with pytest.raises(UsageError, match=flag):
@@ -393,7 +394,7 @@ def test_resuming_with_a_contradicting_flag_names_it(stopped_run, flag):
 
 
 def test_resuming_with_the_same_command_goes_on(fit, stopped_run):
-    chosen = "--scale=auto", "--dtype=auto", "--n_kv_head=0", "--ffn_dim=0"
+    chosen = "--scale=auto", "--dtype=auto", "--ffn_dim=0"
     fit(stopped_run, "--max_iters=4", "--needle_frac=0", *chosen, "--resume")
     assert load_checkpoint(stopped_run)["step"] == 4
 
@@ -519,6 +520,11 @@ def test_text_too_short_is_told_with_the_flag_that_mends_it(data, monkeypatch):
     monkeypatch.setattr(prepare_data, "load_data", lambda folder: short)
     with pytest.raises(UsageError, match="val.bin has 32 tokens: too few for --block_size=32"):
         train.open_dataset(config(long_rows=64), 32)
+    short = data._replace(train=data.train[:64])
+    with pytest.raises(UsageError, match="train.bin has 64 tokens: too few for --long_rows=64"):
+        train.open_dataset(config(long_rows=64), 32)
+    with pytest.raises(UsageError, match="train.bin has 64 tokens: too few for --block_size=64"):
+        train.open_dataset(config(long_rows=64), 64)
 
 
 def test_no_rank_goes_on_before_all_have_chosen_their_folder(data_dir, monkeypatch):
@@ -890,8 +896,12 @@ def test_the_bench_keeps_what_it_has_timed(fast_clock, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "time_steps", once)
     with pytest.raises(ZeroDivisionError):
         train.main(["--bench=rope,swa", *BENCH, f"--out_dir={tmp_path / 'bench'}"])
-    rows = json.loads((tmp_path / "bench" / "bench.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "bench" / "bench.partial.json").read_text())["rows"]
     assert [row["preset"] for row in rows] == ["rope"]
+    assert os.listdir(tmp_path / "bench") == ["bench.partial.json"]
+    monkeypatch.setattr(train, "time_steps", real)
+    train.main(["--bench=rope", *BENCH, f"--out_dir={tmp_path / 'bench'}"])
+    assert os.listdir(tmp_path / "bench") == ["bench.json"]
 
 
 def test_the_bench_is_for_one_process(monkeypatch):
