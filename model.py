@@ -750,7 +750,8 @@ class GPT(nn.Module):
             {"rope_theta"} - {*rope})
         if absent:
             raise UsageError(f"{folder}/config.json does not say {', '.join(sorted(absent))}")
-        n, every = hf["num_hidden_layers"], hf.get("sliding_window_pattern") or 4
+        n = hf.get("num_hidden_layers") or known["n_layer"]
+        every = hf.get("sliding_window_pattern") or 4
         letters = (("S" * (every - 1) + "N") * n)[:n]  # in configs older than layer_types
         if hf.get("layer_types"):
             kinds = dict(sliding_attention="S", full_attention="N")

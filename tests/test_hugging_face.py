@@ -119,6 +119,9 @@ def test_what_a_config_leaves_open_may_be_given(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text()) | dict(sliding_window=None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert GPT.from_pretrained(tmp_path, window=16).config.window == 16
+    n = config.pop("num_hidden_layers")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert GPT.from_pretrained(tmp_path, window=16, n_layer=n).config.n_layer == n
 
 
 def test_a_size_asked_for_is_named_where_the_weights_have_another(tmp_path):
