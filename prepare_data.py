@@ -175,22 +175,22 @@ def sha256_of(path):
 
 def download(url, path, sha256=None):
     """Fetch url to path, unless it is there, by way of path.part, which a later call resumes."""
-    part = path.with_name(path.name + ".part")
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = claim(path.parent, f"another process is fetching into {path.parent}: wait for it")
     try:
         if not path.exists():  # or it was, and has just finished
-            fetch_into(part, url, path, sha256)
+            fetch_url(url, path, sha256)
     finally:
         if lock is not None:
             os.close(lock)
     return path
 
 
-def fetch_into(part, url, path, sha256):
-    """download, once nobody else writes to part."""
+def fetch_url(url, path, sha256):
+    """download's work, while no other process does it."""
+    part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "nanornope", "Range": f"bytes={have}-"}
     request = urllib.request.Request(url, headers=headers)
@@ -558,6 +558,7 @@ def write_tokens(path, files, read, enc, dtype):
 
 
 def check_made(folder, settings):
+    """UsageError unless the dataset in folder was made from these settings."""
     made = load_data(folder).meta.get("settings", {})
     if any(made.get(name, value) != value for name, value in settings.items()):
         raise UsageError(f"{folder} has other settings: use another --name, or delete it")

@@ -514,9 +514,9 @@ def open_dataset(cfg, T):
     data = prepare_data.load_data(folder)
     longest = (cfg.long_rows, "long_rows") if cfg.long_rows > T else (T, "block_size")
     for split, (least, name) in (("train", longest), ("val", (T, "block_size"))):
-        if len(getattr(data, split)) <= least:
-            raise UsageError(f"{folder}/{split}.bin has {len(getattr(data, split))} tokens: too "
-                             f"few for --{name}={least}")
+        n = len(getattr(data, split))
+        if n <= least:
+            raise UsageError(f"{folder}/{split}.bin has {n} tokens: too few for --{name}={least}")
     return data
 
 
@@ -651,11 +651,11 @@ def train(given):
                     asked = cfg if due else replace(cfg, eval_iters=1)
                     val = evaluate(model, data, asked, T, machine)
                     check_finite("validation loss", val, step, folder)
-                if due:
-                    best = min(best, val)
-                    log.validation(step, val, bits_per_byte(val, data.meta))
-                if machine.main and (due or stop):
-                    save_checkpoint(folder, model, optimizers, cfg, data.meta, step, best)
+                    if due:
+                        best = min(best, val)
+                        log.validation(step, val, bits_per_byte(val, data.meta))
+                    if machine.main:
+                        save_checkpoint(folder, model, optimizers, cfg, data.meta, step, best)
                 clock, done = time.time(), 0
     except RuntimeError as e:
         gone = r"onnection|closed by peer|[Tt]imed? ?out|NCCL"
@@ -709,8 +709,9 @@ def bench(given):
             for preset in sorted(cfg.bench.split(","), key=lambda name: name != "rope")]
     for _, model_cfg in jobs:
         path_taken(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
-    if cfg.out_dir:
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(cfg.out_dir) if cfg.out_dir else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     about = dict(command=" ".join(sys.argv), device=machine.name, torch=torch.__version__)
     budget = cfg.batch_size * base.block_size  # tokens of a step, in whole rows, one at least
     print(f"{machine.name}, {str(machine.dtype)[6:]}, torch {torch.__version__}, {cfg.optimizer}\n")
@@ -730,17 +731,17 @@ def bench(given):
             row["x_rope"] = row["tokens_per_second"] / full["tokens_per_second"]
             row["flops_allow"] = full["flops_per_token"] / row["flops_per_token"]
         found.append(row)
-        if cfg.out_dir:  # beside an older one, until all is timed
+        if folder:  # beside an older one, until all is timed
             text = json.dumps(about | dict(rows=found), indent=1)
-            prepare_data.write_atomically(Path(cfg.out_dir) / "bench.partial.json", text)
+            prepare_data.write_atomically(folder / "bench.partial.json", text)
         cells = [str(row[key]) for key in ("T", "rows", "path", "preset", "window")]
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}" if row["mfu"] else "-"]
         more = (row.get(key) for key in ("peak_gb", "x_rope", "flops_allow"))
         cells += ["-" if number is None else f"{number:.2f}" for number in more]
         bar.write("| " + " | ".join(cells) + " |", file=sys.stdout)
         sys.stdout.flush()
-    if cfg.out_dir:
-        (Path(cfg.out_dir) / "bench.partial.json").replace(Path(cfg.out_dir) / "bench.json")
+    if folder:
+        os.replace(folder / "bench.partial.json", folder / "bench.json")
 
 
 def clock_steps(step, machine, least, seconds):

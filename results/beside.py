@@ -230,8 +230,7 @@ def main(argv):
         raise UsageError(f"{cfg.data} has {known} token ids: drop --vocab_size")
     # All of them now: a wrong flag is to fail before minutes of training. Peers take the sizes.
     shapes = [ModelConfig(**PRESETS.get(name, dict(pattern="R")) | given) for name in cfg.names]
-    least = data and min(len(data.train) - 1, len(data.val))
-    if data and least <= shapes[0].block_size:
+    if data and (least := min(len(data.train) - 1, len(data.val))) <= shapes[0].block_size:
         raise UsageError(f"{cfg.data} has room for rows of {least} tokens: lower --block_size")
     if cfg.out and Path(cfg.out).is_dir():
         raise UsageError(f"--out={cfg.out} is a folder: name a file")
