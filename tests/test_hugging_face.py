@@ -1,76 +1,113 @@
-"""transformers' cohere2 and this model are one model, in both directions."""
+"""This model and transformers' cohere2 are one model, in both directions."""
 
+import functools
 import json
+import re
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY  # noqa: F401  (one thread)
 
-import model as m
-import sample
-from model import GPT, PRESETS, ModelConfig, UsageError
-from train import load_run
+from model import GPT, LAYERS, PRESETS, ModelConfig, UsageError
 
-hf = pytest.importorskip("transformers", reason="needs the hf extra")
-
-SHAPES = {
-    "the defaults": {},
-    "GQA, short window, logit scale": dict(
-        num_key_value_heads=2, sliding_window=7, logit_scale=0.25
-    ),
-    "a window larger than the text, theta": dict(
-        sliding_window=500, rope_parameters=dict(rope_theta=5e4, rope_type="default")
-    ),
-    "layer types of its own": dict(
-        num_hidden_layers=6, sliding_window=5,
-        layer_types=["full_attention", "sliding_attention", "sliding_attention"] * 2,
-    ),
-    "one key head, seven layers": dict(num_key_value_heads=1, num_hidden_layers=7),
-}  # fmt: skip
+transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
-def cohere2(**shape):
-    config = hf.Cohere2Config(
-        **dict(
-            vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-            num_attention_heads=4, sliding_window=8, max_position_embeddings=64,
-            pad_token_id=None, bos_token_id=None, eos_token_id=None,
-        ) | shape
+def cohere2(**change):
+    """A random model of transformers' own class, with weights that make attention uneven."""
+    settings = dict(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8, max_position_embeddings=64,
+        rope_parameters=dict(rope_type="default", rope_theta=5e4),
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    torch.manual_seed(0)
-    theirs = hf.Cohere2ForCausalLM(config).eval()
-    for p in theirs.parameters():  # large enough for attention to be far from uniform
-        torch.nn.init.normal_(p, std=0.2)
-    return theirs
+    theirs = transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**settings | change))
+    generator = torch.Generator().manual_seed(0)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=generator)
+    return theirs.eval()
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_logits_and_greedy_text_are_equal_both_ways(shape, tmp_path):
-    theirs, idx = cohere2(**shape), torch.randint(99, (2, 40))
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")  # several shards
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+base = functools.cache(cohere2)
+
+
+def write_folder(folder, drop=(), weights=None, **change):
+    """Save `base` with an edited config.json. weights: a function of its state dict."""
+    base().save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
+    if weights:
+        state = weights(load_file(folder / "model.safetensors"))
+        save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
+    return folder
+
+
+def refusal(folder, **override):
+    """What from_pretrained says: one line."""
+    with pytest.raises(UsageError) as error:
+        GPT.from_pretrained(folder, **override)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+# ---- Both ways ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    {},
+    dict(num_key_value_heads=4, sliding_window=3, logit_scale=0.25, layer_norm_eps=1e-3),
+    dict(num_key_value_heads=1, num_hidden_layers=7, sliding_window=500),
+    dict(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]),
+], ids=["as it comes", "no GQA", "one key head", "layer types of its own"])  # fmt: skip
+@torch.no_grad()
+def test_logits_and_greedy_text_are_equal_both_ways(change, tmp_path):
+    theirs = cohere2(**change)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1  # read from shards
     ours = GPT.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    back = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    with torch.no_grad():
-        wanted = theirs(idx).logits
-        assert torch.allclose(ours(idx)[0], wanted, atol=1e-4)
-        assert torch.allclose(back(idx).logits, wanted, atol=1e-4)
-    prompt = idx[:, :6]
-    text = theirs.generate(prompt, max_new_tokens=30, do_sample=False)
-    assert ours.generate(prompt, 30, temperature=0).equal(text)
-    assert back.generate(prompt, max_new_tokens=30, do_sample=False).equal(text)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    idx = torch.randint(99, (2, 40), generator=torch.Generator().manual_seed(1))
+    wanted = theirs(idx).logits
+    torch.testing.assert_close(ours(idx)[0], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(back(idx).logits, wanted, atol=1e-4, rtol=1e-4)
+    text = theirs.generate(idx[:, :6], max_new_tokens=20, do_sample=False)
+    assert ours.generate(idx[:, :6], 20, temperature=0).equal(text)
+    assert back.generate(idx[:, :6], max_new_tokens=20, do_sample=False).equal(text)
 
 
-def test_a_run_of_ours_generates_the_same_text_in_transformers(fit, tmp_path):
-    folder = fit(tmp_path / "run", "--max_iters=3")
-    ours, _, _ = load_run(folder)
-    ours.save_pretrained(tmp_path / "hf")
-    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    prompt = torch.arange(20)[None] + 60
-    text = theirs.generate(prompt, max_new_tokens=40, do_sample=False)
-    assert ours.generate(prompt, 40, temperature=0).equal(text)
+def test_weights_have_the_names_of_cohere2():
+    model = GPT(ModelConfig(vocab_size=99, n_layer=4, n_head=4, n_embd=64))
+    assert model.state_dict().keys() == base().model.state_dict().keys()
+
+
+def test_a_saved_folder_is_whole_and_says_theta_where_transformers_4_looks(tmp_path):
+    model = GPT(ModelConfig(vocab_size=99, n_layer=4, n_head=4, n_embd=64, rope_theta=7e4))
+    for _ in range(2):  # a second time over the first
+        model.save_pretrained(tmp_path / "new" / "folder")
+    files = {file.name for file in (tmp_path / "new" / "folder").iterdir()}
+    assert {"config.json", "model.safetensors"} <= files
+    assert not [name for name in files if name.startswith("tmp")]
+    config = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 7e4
+
+
+def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
+    ours = GPT.from_pretrained(write_folder(tmp_path))
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def disk_full(self, folder):
+        (Path(folder) / "model.safetensors").write_text("half of i")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.Cohere2ForCausalLM, "save_pretrained", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        ours.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not [x for x in tmp_path.iterdir() if x.is_dir()]
 
 
 @pytest.mark.parametrize("flags", [
@@ -84,139 +121,162 @@ def test_what_the_format_cannot_say_is_refused_at_saving(flags, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (dict(model_type="llama"), "model_type llama"),
-    (dict(attention_bias=True), "attention_bias"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings"),
-    (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "scales its RoPE"),
-    (dict(num_hidden_layers=8, layer_types=["sliding_attention"] * 8), "lacks the weights"),
-    (dict(hidden_size=32), "contradict"),
-    (dict(layer_types=["chunked_attention"] * 4), "each of sliding_attention, full_attention"),
-    (dict(layer_types=["full_attention"] * 9), "each of sliding_attention, full_attention"),
-    (dict(sliding_window=None), "does not say sliding_window"),
+# ---- What is read -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop, change, expected", [
+    (["rope_parameters"], dict(rope_theta=30000), dict(rope_theta=30000)),
+    (["layer_types"], dict(sliding_window_pattern=2), dict(pattern="SNSN")),
+    (["layer_types"], {}, dict(pattern="SSSN")),
+    ([], {}, dict(rope_theta=5e4, n_kv_head=2, window=8, block_size=64, logit_scale=0.0625)),
 ], ids=str)  # fmt: skip
-def test_a_folder_of_another_model_is_refused_in_a_line(change, told, tmp_path):
-    cohere2().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=told):
-        GPT.from_pretrained(tmp_path)
+def test_older_configs_are_read(drop, change, expected, tmp_path):
+    config = GPT.from_pretrained(write_folder(tmp_path, drop, **change)).config
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_copy_that_was_cut_off_is_refused_in_a_line(tmp_path):
-    cohere2().save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
+def test_a_null_number_of_key_heads_means_as_many_as_query_heads(tmp_path):
+    def no_gqa(state):
+        wide = ("k_proj.weight", "v_proj.weight")
+        return {k: v.repeat(2, 1) if k.endswith(wide) else v for k, v in state.items()}
+
+    folder = write_folder(tmp_path, weights=no_gqa, num_key_value_heads=None)
+    assert GPT.from_pretrained(folder).config.n_kv_head == 4
+
+
+def test_fields_may_be_overridden(tmp_path):
+    folder = write_folder(tmp_path, sliding_window=None)
+    assert "window" in refusal(folder)
+    config = GPT.from_pretrained(folder, block_size=128, window=5, log_scale=True).config
+    assert (config.block_size, config.window, config.log_scale) == (128, 5, True)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        GPT.from_pretrained(folder, window=5, ffn_dim=8)
+
+
+@pytest.mark.parametrize("dtype, expected", [
+    ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16), ("auto", torch.float32),
+    (torch.float32, torch.float32),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("part", ["mlp", "norm", "nothing"])
+def test_loaded_weights_have_one_dtype(dtype, expected, part, tmp_path):
+    def mix(state):
+        return {k: v.bfloat16() if part in k else v for k, v in state.items()}
+
+    model = GPT.from_pretrained(write_folder(tmp_path, weights=mix), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert not model.training
+    assert model(torch.tensor([[1, 2, 3]]))[0].isfinite().all()
+
+
+def test_bin_weights_are_read(tmp_path):
+    write_folder(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    state = GPT.from_pretrained(tmp_path).state_dict()
+    assert all(state[name].equal(value) for name, value in base().model.state_dict().items())
+
+
+# ---- What is refused, in one line ---------------------------------------------------------------
+
+NO_ROPE = ["rope_parameters"]
+
+
+@pytest.mark.parametrize("drop, change, told", [
+    ([], dict(model_type="llama"), "model_type llama"),
+    ([], dict(model_type="cohere"), "model_type cohere"),
+    ([], dict(model_type="unheard-of"), "unheard-of"),
+    ([], dict(attention_bias=True), "attention_bias"),
+    ([], dict(hidden_act="gelu"), "hidden_act gelu"),
+    ([], dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    ([], dict(quantization_config=dict(quant_method="fp8")), "quantization_config"),
+    ([], dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), "RoPE"),
+    (NO_ROPE, dict(rope_theta=1e4, rope_scaling=dict(rope_type="linear", factor=2.0)), "RoPE"),
+    (NO_ROPE, dict(rope_theta=1e4, rope_scaling=dict(type="dynamic", factor=2.0)), "RoPE"),
+    ([], dict(rope_parameters=dict(rope_type="default")), "rope_theta"),
+    ([], dict(rope_parameters=dict(rope_type="default", rope_theta=None)), "rope_theta"),
+    (NO_ROPE, {}, "rope_theta"),
+    (NO_ROPE, dict(rope_theta=None), "rope_theta"),
+    ([], dict(num_hidden_layers="4"), "num_hidden_layers"),
+    ([], dict(hidden_size="64"), "hidden_size"),
+    ([], dict(layer_types=["chunked_attention"] * 4), "chunked_attention"),
+    ([], dict(layer_types=["full_attention"] * 9), "layer_types"),
+    ([], dict(num_hidden_layers=8, layer_types=["full_attention"] * 8), "missing_keys .*layers.4"),
+    ([], dict(num_hidden_layers=2, layer_types=["full_attention"] * 2), "unexpected_keys"),
+    ([], dict(hidden_size=32), "heads of"),
+    ([], dict(head_dim=32), "heads of 32"),
+], ids=str)  # fmt: skip
+def test_a_config_that_says_what_gpt_does_not_do(drop, change, told, tmp_path):
+    line = refusal(write_folder(tmp_path, drop, **change))
+    assert re.search(told, line), line
+
+
+@pytest.mark.parametrize("name, told", [
+    ("model.layers.0.self_attn.q_proj.bias", "unexpected_keys"),
+    ("model.layers.0.self_attn.q_norm.weight", "unexpected_keys"),
+    ("model.layers.0.self_attn.q_proj.weight_scale", "unexpected_keys"),
+    ("lm_head.weight", "only tied weights"),
+])  # fmt: skip
+def test_weights_that_gpt_has_no_place_for(name, told, tmp_path):
+    folder = write_folder(tmp_path, weights=lambda state: state | {name: torch.randn(99, 64)})
+    assert told in refusal(folder)
+
+
+def test_weights_that_are_missing(tmp_path):
+    lost = "model.layers.1.mlp.up_proj.weight"
+    folder = write_folder(tmp_path / "a", weights=lambda s: {k: s[k] for k in s if k != lost})
+    assert lost in refusal(folder)
+    base().save_pretrained(tmp_path / "b", max_shard_size="50KB")
+    next((tmp_path / "b").glob("*00002*")).unlink()
+    assert "00002" in refusal(tmp_path / "b")
+
+
+def test_damaged_files(tmp_path):
+    weights = write_folder(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UsageError, match="model.safetensors is damaged"):
-        GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UsageError, match="no readable config.json"):
-        GPT.from_pretrained(tmp_path)
+    assert str(tmp_path) in refusal(tmp_path)
+    weights.unlink()
+    assert "model.safetensors" in refusal(tmp_path)
+    for text in ("[1]", "{", ""):
+        (tmp_path / "config.json").write_text(text)
+        assert str(tmp_path) in refusal(tmp_path)
 
 
-def test_what_a_config_leaves_open_may_be_given(tmp_path):
-    cohere2().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | dict(sliding_window=None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert GPT.from_pretrained(tmp_path, window=16).config.window == 16
-    n = config.pop("num_hidden_layers")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert GPT.from_pretrained(tmp_path, window=16, n_layer=n).config.n_layer == n
+def test_a_folder_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nowhere", "nobody/nothing", "a/b/c"):
+        assert refusal(name).startswith(f"{name} cannot be read")
 
 
-def test_a_size_asked_for_is_named_where_the_weights_have_another(tmp_path):
-    cohere2().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="'ffn_dim': 8"):
-        GPT.from_pretrained(tmp_path, ffn_dim=8)
+# ---- Presets are the published models -----------------------------------------------------------
 
-
-def test_a_config_older_than_layer_types_is_read(tmp_path):
-    theirs = cohere2()
-    theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["layer_types"], config["rope_parameters"]
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | dict(sliding_window_pattern=2, rope_theta=3e4))
-    )
-    ours = GPT.from_pretrained(tmp_path)
-    assert (ours.config.pattern, ours.config.rope_theta) == ("SN", 3e4)
-
-
-def test_the_probes_take_such_a_folder_with_its_own_tokenizer(tmp_path, capsys):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: i for i, word in enumerate(["<unk>", "<eos>", "red", "green", "blue"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    cohere2().save_pretrained(tmp_path)
-    fast.save_pretrained(tmp_path)
-    sample.main([str(tmp_path), "--prompt=red green", "--max_new_tokens=5"])
-    assert capsys.readouterr().out.startswith("red green")
-    sample.main([str(tmp_path), "--probe=cost", "--max_multiple=2", "--cost_rows=1"])
-    assert "decoded tokens per second" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="names no text to score"):
-        sample.main([str(tmp_path), "--probe=loss", "--max_multiple=1"])
-
-
-def test_a_prompt_begins_as_the_folders_tokenizer_begins_it(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = {word: i for i, word in enumerate(["<unk>", "<bos>", "<eos>", "red", "green"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    begin = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer.post_processor = begin
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>",
-                                      eos_token="<eos>")
-    fast.save_pretrained(tmp_path)
-    enc = sample.hub_tokenizer(tmp_path)
-    ids = sample.prepare_data.encode(enc, "red green")
-    assert ids.tolist() == [1, 3, 4] and enc.decode(ids) == "red green"
-    assert sample.prepare_data.encode(enc, "").tolist() == [1]
-
-
-def test_a_folder_that_is_not_there_is_one_clear_line():
-    with pytest.raises(UsageError, match="nowhere is no folder, and the hub does not give it"):
-        GPT.from_pretrained("nowhere")
-
-
-PUBLISHED = {  # preset: (config class, kinds of layer by index, over one period of the pattern)
-    "rnope-swa": ("Cohere2Config", "sliding_attention", "full_attention"),
-    "gemma3": ("Gemma3TextConfig", "sliding_attention", "full_attention"),
-    "olmo3": ("Olmo3Config", "sliding_attention", "full_attention"),
-    "gpt-oss": ("GptOssConfig", "sliding_attention", "full_attention"),
-    "llama4": ("Llama4TextConfig", "chunked_attention", "full_attention"),
+PUBLISHED = {
+    "rnope-swa": "Cohere2Config",
+    "gemma3": "Gemma3TextConfig",
+    "olmo3": "Olmo3Config",
+    "gpt-oss": "GptOssConfig",
+    "llama4": "Llama4TextConfig",
+    "smollm3": "SmolLM3Config",
 }
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_a_neighbours_layers_are_those_of_its_published_config(preset):
-    name, local, full = PUBLISHED[preset]
-    published = getattr(hf, name)()
-    plan = ModelConfig(**PRESETS[preset], n_layer=published.num_hidden_layers).layers
-    spans = [local if m.LAYERS[x].span != "full" else full for x in plan]
-    assert spans == list(published.layer_types)
+def test_a_preset_has_the_layers_of_its_published_config(preset):
+    published = getattr(transformers, PUBLISHED[preset])()
+    layers = ModelConfig(**PRESETS[preset], n_layer=published.num_hidden_layers).layers
+    local = [LAYERS[x][1] != "full" for x in layers]
+    assert local == [x != "full_attention" for x in published.layer_types]
+    if hasattr(published, "no_rope_layers"):  # theirs is 1 where there is RoPE
+        rotated = [LAYERS[x][0] == "rope" for x in layers]
+        assert rotated == [bool(x) for x in published.no_rope_layers]
 
 
-def test_smollm3_and_llama4_leave_every_fourth_layer_without_positions():
-    for preset, published in (("smollm3", hf.SmolLM3Config()), ("llama4", hf.Llama4TextConfig())):
-        plan = ModelConfig(**PRESETS[preset], n_layer=published.num_hidden_layers).layers
-        assert [m.LAYERS[x].rope for x in plan] == [bool(r) for r in published.no_rope_layers]
-
-
-def test_gemma3_and_llama4_keep_their_published_constants():
-    gemma, llama = hf.Gemma3TextConfig(), hf.Llama4TextConfig()
-    ours = ModelConfig(**PRESETS["gemma3"])
-    theta = gemma.rope_parameters
-    assert theta["sliding_attention"]["rope_theta"] == ours.rope_theta
-    assert theta["full_attention"]["rope_theta"] == ours.rope_theta_full
-    assert np.isclose(llama.attn_scale, PRESETS["llama4"]["attn_scale"])
-
-
-def test_a_folder_without_a_tokenizer_can_be_timed_only(tmp_path, capsys):
-    cohere2().save_pretrained(tmp_path)
-    sample.main([str(tmp_path), "--probe=cost", "--max_multiple=1", "--cost_rows=1"])
-    assert "decoded tokens per second" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="has no tokenizer"):
-        sample.main([str(tmp_path), "--prompt=def"])
+def test_presets_have_the_published_constants():
+    gemma = transformers.Gemma3TextConfig().rope_parameters
+    ours = ModelConfig(**PRESETS["gemma3"], n_layer=6)
+    assert ours.rope_theta == gemma["sliding_attention"]["rope_theta"]
+    assert ours.rope_theta_full == gemma["full_attention"]["rope_theta"]
+    llama = transformers.Llama4TextConfig()
+    assert PRESETS["llama4"]["attn_scale"] == pytest.approx(llama.attn_scale)
+    assert PRESETS["llama4"]["rope_theta"] == llama.rope_parameters["rope_theta"]
+    gpt_oss = transformers.GptOssConfig().rope_parameters
+    assert PRESETS["gpt-oss"]["rope_theta"] == gpt_oss["rope_theta"]

@@ -1,14 +1,14 @@
 """What the README says is what the code does."""
 
-import functools
+import json
 import re
 import shlex
 import shutil
-import subprocess
 
 import pytest
 from conftest import ROOT, TINY
 
+import model
 import prepare_data
 import sample
 import train
@@ -18,35 +18,36 @@ from sample import SampleConfig
 from train import TrainConfig
 
 README = (ROOT / "README.md").read_text()
-
-
-def written_out(block):
-    """A block of commands with its loops and braces as bash expands them, the first seed only."""
-    if "for " not in block:
-        return block
-    tell = "python() { printf python; printf ' %q' \"$@\"; echo; }\n"
-    told = subprocess.run(["bash", "-c", tell + block], capture_output=True, text=True, check=True)
-    return "\n".join(x for x in told.stdout.splitlines() if not re.search(r"--seed=[^1]", x))
-
-
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 COMMANDS = [
     line.split(" #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in re.split(r"\n|&&", written_out(block))
+    for kind, block in BLOCKS
+    for line in block.splitlines()
+    if kind == "sh"
 ]
-SCRIPTS = {"train.py": train, "sample.py": sample, "prepare_data.py": prepare_data}
+RUN = [command for command in COMMANDS if command.startswith("python ")]
 CONFIGS = {
-    "train.py": [TrainConfig, ModelConfig], "sample.py": [SampleConfig],
-    "prepare_data.py": [DataConfig],
-}  # fmt: skip
+    "train.py": {"model": ModelConfig, "training": TrainConfig},
+    "sample.py": {"sampling": SampleConfig},
+    "prepare_data.py": {"data": DataConfig},
+}
+MODULES = {"train.py": train, "sample.py": sample, "prepare_data.py": prepare_data}
 
 
 def script_and_flags(command):
-    script, flags = re.search(r"(\w+\.py)(.*)", command).groups()
-    return script, shlex.split(flags)
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[place], words[place + 1 :]
 
 
-def test_the_table_of_variants_is_the_presets():
+def test_it_is_short():
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    prose = "\n".join(line for line in prose.splitlines() if not line.startswith("|"))
+    assert len(README.splitlines()) <= 170
+    assert len(prose) <= 9000
+
+
+def test_the_table_of_presets_is_the_presets():
     rows = re.findall(r"^\| `([\w-]+)` \| `(.*?)` \|", README, re.M)
     said = {name: dict(pair.split("=") for pair in flags.split()) for name, flags in rows}
     assert said == {
@@ -58,55 +59,87 @@ def test_every_letter_is_explained():
     assert set(re.findall(r"\*\*([A-Z])\*\*", README)) == set(LAYERS)
 
 
-def test_every_flag_the_readme_names_exists():
-    known = {name for configs in CONFIGS.values() for c in configs for name in c.__annotations__}
+def test_every_file_that_is_named_exists():
+    linked = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    named = re.findall(r"`((?:tests/|results/)?\w+\.py)`", README)
+    assert linked and named
+    for name in (*linked, *named):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name, module", [
+    ("LAYERS", model), ("visible", model), ("attend", model), ("Attention.qkv", model),
+    ("Cache", model), ("repeat_spans", train), ("learning_rate", train), ("train_loop", train),
+])  # fmt: skip
+def test_the_places_to_read_are_there(name, module):
+    assert f"`{name}`" in README
+    for part in name.split("."):
+        module = getattr(module, part)
+
+
+def test_every_flag_that_is_named_exists():
+    configs = [config for group in CONFIGS.values() for config in group.values()]
+    known = {name for config in configs for name in config.__annotations__}
     named = set(re.findall(r"--(\w+)", README)) - {"help", "standalone", "nproc_per_node"}
-    assert len(named) > 20 and named <= known
+    assert len(named) > 15
+    assert named <= known
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
-def test_a_command_of_the_readme_is_understood(command):
+@pytest.mark.parametrize("command", [command for command in COMMANDS if ".py" in command])
+def test_a_command_is_understood(command):
     script, flags = script_and_flags(command)
-    given = parse_flags(CONFIGS[script], flags)
-    assert set(given) <= {name for c in CONFIGS[script] for name in c.__annotations__}
-    if script == "prepare_data.py":
-        prepare_data.check_config(DataConfig(**given))
+    assert parse_flags(CONFIGS[script], flags, "") is not None
 
 
-USAGE = re.findall(r"^ {4}python (train\.py.*?)(?: +#.*)?$", train.__doc__, re.M)
+@pytest.mark.parametrize("command", [command for command in RUN if "train.py" in command])
+def test_a_training_command_fits_the_scale_of_a_gpu(command):
+    given = parse_flags(CONFIGS["train.py"], script_and_flags(command)[1], "")
+    cfg, config = train.settle(given | dict(scale="gpu"))
+    train.check_rows(cfg, config.block_size, 1)
+    assert config.block_size == 1024
 
 
-@pytest.mark.parametrize(
-    "command", [*USAGE, *(c for c in COMMANDS if c.startswith("python train.py"))]
-)
-def test_the_flags_of_a_training_command_fit_the_scale_of_a_gpu(command):
-    given = parse_flags(CONFIGS["train.py"], script_and_flags(command)[1])
-    base = ModelConfig() if "init_from" in given else None
-    given["preset"] = given.get("preset", given.get("bench", "rnope-swa").split(",")[0])
-    cfg, model = train.settle(given | dict(scale="gpu"), base)
-    assert cfg.scale == "gpu" and model.block_size == 1024
-
-
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith(("python train.py", "python sample.py"))]
-)
-def test_a_command_of_the_readme_runs(command, tmp_path, monkeypatch, data_dir, tiny_run, capsys):
-    shutil.copytree(data_dir, tmp_path / "data")
-    used = re.findall(r"(?<!--out_dir=)out/([\w-]+)", command) or ["rnope-swa"]
-    for name in used if "sample" in command or "init_from" in command else ():
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_runs(command, tmp_path, monkeypatch, data_dir, tiny_run):
+    for name in ("tiny", "mine"):
+        shutil.copytree(data_dir / "tiny", tmp_path / "data" / name)
+    for name in {"rnope-swa", *re.findall(r"(?<!--out_dir=)out/([\w-]+)", command)}:
         shutil.copytree(tiny_run, tmp_path / "out" / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
-    fast = functools.partial(train.time_steps, seconds=0)
-    monkeypatch.setattr(train, "time_steps", fast)
     script, flags = script_and_flags(command)
-    small = ["--max_multiple=2", "--samples=2", "--max_new_tokens=3", "--cost_rows=1"]
-    small += ["--questions=1"]  # a row of the tiny run has room for one, if it is short
-    small += ["--probe=loss"] if "held_out" in command else []
+    small = []
+    if script == "sample.py":
+        small = ["--max_multiple=2", "--samples=2", "--max_new_tokens=3"]
+        small += ["--needles=1", "--digits=2"]
+    if script == "prepare_data.py":
+        small = ["--data_dir=other"]
+    if "--resume" in flags:
+        shutil.copytree(tiny_run, tmp_path / "out" / "mine")
+    elif script == "train.py":
+        small = [*TINY, "--data_dir=data", "--max_iters=2", "--n_layer=8"]
+        small += ["--dataset=mine"] if "--dataset=mine" in flags else ["--dataset=tiny"]
+        small += ["--n_layer=4"] if "--init_from" in command else []
+        small += ["--long_rows=128"] if "--long_rows" in command else []
+    MODULES[script].main([*flags, *small])
     if script == "train.py":
-        small = [*TINY, "--dataset=tiny", "--data_dir=data", "--max_iters=2"]
-        small += ["--n_layer=8"] if "SSSSSSSN" in command else []
-        small += ["--bench_lengths=64"] if "bench" in command else []
-        small += ["--long_rows=128"] if "long_rows" in command else []
-    small += ["--tasks=single"] if "ruler" in command or "tasks" in command else []
-    SCRIPTS[script].main([*flags, *small])
-    assert capsys.readouterr().out
+        assert list((tmp_path / "out").glob("*/ckpt.pt"))
+
+
+def cells(table, row):
+    """The numbers of a row of the table whose header holds `table`."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|") and table in line)
+    line = next(line for line in lines[start:] if line.startswith(f"| {row} "))
+    return [float(x) for x in re.findall(r"\d+\.\d+", line)]
+
+
+@pytest.mark.parametrize("name", ["cpu", "zero_shot"])
+def test_the_tables_are_those_of_results(name):
+    """Each row of a table is the mean over the seeds of what results/NAME.json holds."""
+    found = json.loads((ROOT / f"results/{name}.json").read_text())
+    assert found["rows"]
+    for row in found["rows"]:
+        numbers = [sum(seeds) / len(seeds) for seeds in row["values"]]
+        assert cells(found["table"], row["name"]) == pytest.approx(numbers, abs=0.0051)
