@@ -18,6 +18,8 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # models this small only lose time to more threads
+# A shell that starts pytest in the background lets it ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = [
     "--n_layer=4", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--block_size=64", "--window=16",
