@@ -119,7 +119,7 @@ class Machine:
         self.rank = rank
         self.world = world
         if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu"
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         if str(device) == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:

@@ -579,6 +579,14 @@ def test_a_run_that_saved_nothing_is_told_apart(tiny_flags, tmp_path):
         train.main(tiny_flags(tmp_path))
 
 
+def test_a_torch_built_for_a_gpu_runs_where_there_is_none(monkeypatch):
+    def current(check_available=False):  # as torch 2.11 answers there
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    assert Machine().device == torch.device("cpu")
+
+
 def test_a_short_training_split_is_told(data, tmp_path, monkeypatch):
     short = data._replace(train=data.train[:64])
     monkeypatch.setattr(train.prepare_data, "load_data", lambda folder: short)
@@ -679,7 +687,8 @@ def graphics_card(monkeypatch):
         monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.ones(1))
         monkeypatch.setattr(torch, "compile", lambda model, **_: "compiled")
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        cuda = torch.device("cuda")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: cuda)
 
     return plug_in
 
