@@ -97,7 +97,7 @@ class ModelConfig:
     n_head: int = flag(8, "query heads", least=1)
     n_kv_head: int = flag(0, "key/value heads (GQA); 0: as many as n_head", least=0)
     n_embd: int = flag(512, "width of the residual stream", least=1)
-    ffn_dim: int = flag(0, "hidden width of the SwiGLU; 0: 8/3 n_embd, up to a 64", least=0)
+    ffn_dim: int = flag(0, "hidden width of the SwiGLU; 0: 8/3 n_embd, in steps of 64", least=0)
     pattern: str = flag("SSSN", "kinds of layer, tiled over the depth: " + ", ".join(LAYERS))
     window: int = flag(128, "keys an S or W layer sees, itself included; C: its chunk", least=1)
     rope_theta: float = flag(1e4, "base of the rotary frequencies", least=1)
@@ -107,7 +107,7 @@ class ModelConfig:
     attn_scale: float = flag(0.0, "N: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0)
     logit_scale: float = flag(1.0, "factor on the logits", least=1e-6)
     norm_eps: float = flag(1e-5, "epsilon of the LayerNorms", least=1e-12)
-    attention: str = flag("auto", "how attention is computed", choices=PATHS)
+    attention: str = flag("auto", "path of attention; auto: what the device has", choices=PATHS)
 
     def __post_init__(self):
         check_ranges(self)

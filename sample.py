@@ -24,7 +24,8 @@ The probes
 How to read them: rows are cut from text that the model was not trained on. Every length scores the
 same target tokens, so columns differ only in how much context stands before the targets; what is
 put into a row stands at the same share of it, so farther back in a longer row. Read loss beside the
-others: a model of windows alone keeps its loss and retrieves nothing.
+others: a model of windows alone keeps its loss and retrieves nothing. The numbers are kept in the
+run's probe.json; a later call replaces it.
 
 Does NOT include: speed, memory and RULER's tasks (see results/), models that are no runs of
 train.py, chat, beam search.
@@ -77,12 +78,12 @@ text_flag = partial(flag, group="text generation")
 @dataclass
 class SampleConfig:
     runs: tuple[str, ...] = flag((), "folders of runs; none: the newest in out/", positional=True)
-    probe: str = flag("loss,copy,needle", "of loss, copy, needle, heatmap and attention")
+    probe: str = flag("loss,copy,needle", "some of loss, copy, needle, heatmap, attention")
     max_multiple: int = flag(16, "longest context, in training contexts", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
     samples: int = flag(32, "rows scored for each number", least=1)
     needles: int = flag(4, "facts in a row", least=1)
-    digits: int = flag(7, "of an answer", least=1, most=18)
+    digits: int = flag(7, "digits of an answer", least=1, most=18)
     heatmap: bool = flag(False, "add the heatmap probe: needle by depth of the fact")
     haystack: str = flag("", "dataset whose train split rows are cut from; empty: the run's val")
     plot: str = flag("", "file of the figure; empty: probe.png in the first run")
@@ -97,7 +98,7 @@ class SampleConfig:
     top_p: float | None = text_flag(
         None, "sample among the fewest tokens of this probability", least=0, most=1
     )
-    seed: int = flag(1337, "of sampling and of what is put into rows", least=0, most=2**32 - 1)
+    seed: int = flag(1337, "seed of sampling and of what is put into rows", least=0, most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "auto: the run's own", choices=DTYPES)
 
@@ -120,6 +121,7 @@ class Run:
         self.cfg = cfg
         changed = {name: x for name, x in vars(cfg).items() if name in OVERRIDES and x is not None}
         self.model, self.train, self.meta = load_run(folder, **changed)
+        self.changed = changed
         warn_idle(changed, self.model.config)
         self.machine = Machine(cfg.device, cfg.dtype)
         old = self.machine.cuda and not self.machine.modern  # a card without bfloat16
@@ -525,6 +527,8 @@ def main(argv):
     check_runs(runs, cfg)
     for run in runs:
         print(f"{run.folder}: trained at {run.T:,} tokens, layers  {run.model.plan()}", flush=True)
+        if run.changed:
+            print(f"changed for the probes: {run.changed}")
         measure(run)
     lines = lines_of(runs)
     for probe in cfg.probes:

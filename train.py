@@ -69,7 +69,7 @@ class TrainConfig:
     scale: str = flag("auto", "named set of defaults", choices=("auto", *SCALES), group="model")
     dataset: str = data_flag("python", "folder under data_dir that prepare_data.py wrote")
     data_dir: str = data_flag("data", "where prepared datasets are")
-    repeat_frac: float = data_flag(0.28, "length of all copied spans over that of the row; 0: none",
+    repeat_frac: float = data_flag(0.28, "length of the copied spans over that of the row; 0: none",
                                    least=0, most=0.9)
     long_rows: int = data_flag(0, "tokens of a row in long steps; 0: none", least=0)
     long_frac: float = data_flag(0.5, "share of steps that are long", least=0, most=1)
@@ -83,17 +83,17 @@ class TrainConfig:
     batch_size: int = flag(32, "rows of a micro-batch, per process", least=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches of a step, of all ranks", least=1)
     max_iters: int = flag(1000, "optimiser steps", least=1)
-    optimizer: str = flag("muon", "for the hidden matrices", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "optimizer of the hidden matrices", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "peak learning rate", least=0)
     min_lr: float = flag(0.0, "learning rate at the end; 0: a tenth of the peak", least=0)
     warmup_iters: int = flag(30, "steps of linear warm-up", least=0)
-    weight_decay: float = flag(0.1, "on matrices only", least=0)
+    weight_decay: float = flag(0.1, "weight decay of the matrices", least=0)
     beta1: float = flag(0.9, "AdamW", least=0, most=0.9999)
     beta2: float = flag(0.95, "AdamW", least=0, most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", least=0)
-    seed: int = flag(1337, "of the weights and the batches", least=0, most=2**32 - 1)
+    seed: int = flag(1337, "seed of the weights and the batches", least=0, most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = flag("auto", "bfloat16 where the GPU has it", choices=DTYPES)
+    dtype: str = flag("auto", "auto: bfloat16 where the GPU has it", choices=DTYPES)
     compile: bool = flag(True, "torch.compile, on GPUs from Ampere on")
 
     def __post_init__(self):
@@ -648,8 +648,8 @@ def begin(given):
         check(not source, "--resume goes on with a run, --init_from starts another: choose one")
         source = given.get("out_dir") or str(newest_run())
         other = [f"--{name}" for name in sorted(set(given) - RESUMABLE)]
-        check(not other, f"{', '.join(other)}: --resume takes the run's own. Drop the flag, or "
-              f"start a second stage with --init_from={shlex.quote(source)}")
+        check(not other, f"{', '.join(other)} cannot change with --resume: leave it out, or start "
+              f"a second stage with --init_from={shlex.quote(source)}")
     if source:
         state = load_checkpoint(source)
         kept = asdict(state["train_config"])
