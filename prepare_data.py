@@ -324,6 +324,7 @@ def make(cfg, folder, settings):
 
 def prepare(cfg):
     """Make the dataset that cfg names, or find it made. Returns its folder, always whole."""
+    started = time.monotonic()
     check_ranges(cfg)
     dataset = [name if name in KNOWN else str(Path(name).resolve()) for name in cfg.dataset]
     name = cfg.name or f"{Path(dataset[0]).stem}-{cfg.tokenizer}".removesuffix("-byte")
@@ -340,8 +341,17 @@ def prepare(cfg):
         except OSError:
             if not folder.exists():  # or else another process has made it meanwhile
                 raise
-    check(settings.items() <= load_data(folder).meta.items(),
+    _, meta, train, val = load_data(folder)
+    check(settings.items() <= meta.items(),
           f"{folder} has other settings: use another --name, or delete it")
+    print(
+        f"{folder}: {len(train):,} training and {len(val):,} validation tokens "
+        f"({meta['tokenizer']}, vocabulary {meta['vocab_size']}), "
+        f"validation {len(val) / (len(train) + len(val)):.1%}, "
+        f"{meta['train_documents'] + meta['val_documents']:,} documents, "
+        f"{time.monotonic() - started:.1f} s",
+        flush=True,
+    )
     return folder
 
 
@@ -457,16 +467,7 @@ def write_atomically(path, text):
 
 
 def main(argv):
-    started = time.monotonic()
-    cfg = DataConfig(**parse_flags({"data": DataConfig}, argv, __doc__))
-    folder, meta, train, val = load_data(prepare(cfg))
-    print(
-        f"{folder}: {len(train):,} training and {len(val):,} validation tokens "
-        f"({meta['tokenizer']}, vocabulary {meta['vocab_size']}), "
-        f"validation {len(val) / (len(train) + len(val)):.1%}, "
-        f"{meta['train_documents'] + meta['val_documents']:,} documents, "
-        f"{time.monotonic() - started:.1f} s"
-    )
+    prepare(DataConfig(**parse_flags({"data": DataConfig}, argv, __doc__)))
 
 
 if __name__ == "__main__":
