@@ -223,6 +223,16 @@ def new_facts(run, rng):
     return list(facts.values())
 
 
+def hide(text, facts, depths):
+    """Put facts, arrays of ids, into text, each at its share of it: 0 is the start, 1 the end.
+
+    Returns (ids, where in text each fact was put, tokens of each fact).
+    """
+    sizes = np.array([len(fact) for fact in facts])
+    places = (depths * len(text)).astype(int)
+    return np.insert(text, places.repeat(sizes), np.concatenate(facts)), places, sizes
+
+
 def plant(run, row, i, depth=None):
     """Row i with facts in its text, a question at its end, and the answer.
 
@@ -237,16 +247,13 @@ def plant(run, row, i, depth=None):
         depths[0] = depth
     question = np.concatenate(facts[0][:2])
     wholes = [np.concatenate(fact) for fact in facts]
-    sizes = np.array([len(whole) for whole in wholes])
-    needed = sizes.sum() + len(question)
+    needed = sum(map(len, wholes)) + len(question)
     check(
         needed <= len(row),
         f"{run.folder}: facts and question take {needed} tokens, a row at 1x has {len(row)}: use "
         "fewer --needles or --digits, or --probe=loss,copy",
     )
-    text = row[needed:]
-    places = (depths * len(text)).astype(int)
-    text = np.insert(text, places.repeat(sizes), np.concatenate(wholes))
+    text, places, sizes = hide(row[needed:], wholes, depths)
     start = places[0] + sizes[places < places[0]].sum()
     cuts = [start, start + sizes[0], len(text)]
     return np.concatenate([text, question]), len(facts[0][1]), cuts
@@ -328,11 +335,24 @@ def tell(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def check_runs(runs, cfg):
-    """Refuse what cannot be measured before minutes go into what can; tell of overlap."""
+def open_runs(cfg):
+    """The runs that cfg names, or the newest one."""
+    folders = cfg.runs or [newest_run()]
+    places = {Path(folder).resolve() for folder in folders}
+    check(len(places) == len(folders), f"a run is named twice in {' '.join(cfg.runs)}")
+    return [Run(folder, cfg) for folder in folders]
+
+
+def check_lengths(runs, cfg):
+    """UsageError where a run's text is too short for the longest context."""
     most = min((len(run.text) - 1) // run.T for run in runs)
     check(most, "the text is shorter than a row: name a longer one with --haystack")
     check(cfg.max_multiple <= most, f"the text is too short: use --max_multiple={most} or less")
+
+
+def check_runs(runs, cfg):
+    """Refuse what cannot be measured before minutes go into what can; tell of overlap."""
+    check_lengths(runs, cfg)
     if len({run.T for run in runs}) > 1:
         tell("runs of different training contexts score different tokens: compare along a line")
     for run in runs:
@@ -514,14 +534,11 @@ def write_text(run, prompt):
 
 def main(argv):
     cfg = SampleConfig(**prepare_data.parse_flags({"probes": SampleConfig}, argv, __doc__))
-    folders = cfg.runs or [newest_run()]
-    places = {Path(folder).resolve() for folder in folders}
-    check(len(places) == len(folders), f"a run is named twice in {' '.join(cfg.runs)}")
-    runs = [Run(folder, cfg) for folder in folders]
+    runs = open_runs(cfg)
     if cfg.prompt is not None:
         prompt = read_prompt(cfg.prompt)
         for run in runs:
-            print(f"{run.folder}:", file=sys.stderr)
+            tell(f"{run.folder}:")
             write_text(run, prompt)
         return
     check_runs(runs, cfg)

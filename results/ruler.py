@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prepare_data
 from model import check, flag
-from sample import Run, SampleConfig, lines_of, new_facts
-from train import DTYPES, git_revision, newest_run, stream
+from sample import SampleConfig, check_lengths, hide, lines_of, new_facts, open_runs
+from train import DTYPES, git_revision, stream
 
 SINGLE = ("single-sentences", "single-noise", "single-prose")
 TASKS = (*SINGLE, "multi-key", "multi-value", "multi-query")
@@ -111,16 +111,13 @@ def plant(run, task, prose, i):
         question += [before, value, after]
         marks += [0] * len(before) + [number] * len(value) + [0] * len(after)
     facts = [np.concatenate(fact) for fact in facts]
-    sizes = np.array([len(fact) for fact in facts])
-    needed = sizes.sum() + len(marks)
+    needed = sum(map(len, facts)) + len(marks)
     check(
         needed <= len(prose),
         f"{run.folder}: the facts and questions of {task} take {needed} tokens, a row at 1x has "
         f"{len(prose)}: use fewer --needles or --digits",
     )
-    text = fill(run, task, prose, rng)[needed:]
-    places = (depths * len(text)).astype(int)
-    text = np.insert(text, places.repeat(sizes), np.concatenate(facts))
+    text, _, _ = hide(fill(run, task, prose, rng)[needed:], facts, depths)
     return np.concatenate([text, *question]), np.array(marks)
 
 
@@ -188,8 +185,7 @@ def write_json(runs, cfg):
 
 def check_room(runs, cfg):
     """Refuse what cannot be asked before minutes go into what can."""
-    most = min((len(run.text) - 1) // run.T for run in runs)
-    check(cfg.max_multiple <= most, f"the text is too short: use --max_multiple={most} or less")
+    check_lengths(runs, cfg)
     for run in runs:
         for task in TASKS:
             plant_all(run, task, run.T)
@@ -200,11 +196,7 @@ def check_room(runs, cfg):
 
 def main(argv):
     cfg = RulerConfig(**prepare_data.parse_flags({"ruler": RulerConfig}, argv, __doc__))
-    shared = cfg.for_sample()
-    folders = cfg.runs or [newest_run()]
-    places = {Path(folder).resolve() for folder in folders}
-    check(len(places) == len(folders), f"a run is named twice in {' '.join(cfg.runs)}")
-    runs = [Run(folder, shared) for folder in folders]
+    runs = open_runs(cfg.for_sample())
     check_room(runs, cfg)
     jobs = [(run, length) for run in runs for length in run.lengths]
     for run, length in tqdm(jobs, "asking", disable=None):  # None: on a terminal only
