@@ -9,7 +9,7 @@ how they know where a token stands and how far back they see.
     W, the window                   window
     RNoPE-SWA (3 : 1)               pattern "SSSN", tiled over the layers; preset "rnope-swa"
     RoPE base, theta                rope_theta
-    QK-Norm                         qk_norm, on rotated layers, before the rotation
+    QK-Norm                         qk_norm, on every layer, before the rotation where there is one
     (not in the paper)              W: a window without positions; C: rotated, chunked (Llama 4)
 
 The idea stands in Attention.qkv, the one mask rule in visible, the list of layers in GPT.
@@ -78,6 +78,7 @@ PRESETS = {
     "qk-norm": dict(pattern="R", qk_norm=True),
     "rnope": dict(pattern="RN"),
     "swa": dict(pattern="S"),  # windows only: the control that cannot retrieve
+    "exaone4": dict(pattern="SSSN", qk_norm=True),  # also on its N layers
     "smollm3": dict(pattern="RRRN"),
     "llama4": dict(pattern="CCCN", rope_theta=5e5, attn_scale=0.1),  # window = chunk
     "gemma3": dict(pattern="SSSSSR", rope_theta=1e4, rope_theta_full=1e6, qk_norm=True),
@@ -102,7 +103,7 @@ class ModelConfig:
     window: int = flag(128, "keys an S or W layer sees, itself included; C: its chunk", least=1)
     rope_theta: float = flag(1e4, "base of the rotary frequencies", least=1)
     rope_theta_full: float = flag(0.0, "base on R layers; 0: rope_theta", least=0)
-    qk_norm: bool = flag(False, "normalise q and k per head before they are rotated")
+    qk_norm: bool = flag(False, "normalise q and k per head, on every layer")
     log_scale: bool = flag(False, "N layers: q *= max(1, ln(pos + 1) / ln(block_size))")
     attn_scale: float = flag(0.0, "N: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0)
     logit_scale: float = flag(1.0, "factor on the logits", least=1e-6)
@@ -194,28 +195,26 @@ def choose_path(path, device, dtype, head_dim):
     return path
 
 
-def attend_mask(q, k, v, window=None, chunked=False):
+def attend_mask(q, k, v, window, chunked):
     """The definition: every score is computed, the invisible ones are masked. Tests go by it."""
     j = torch.arange(k.size(2), device=q.device)
     i = j[-q.size(2) :, None]
     return F.scaled_dot_product_attention(q, k, v, visible(i, j, window, chunked))
 
 
-def attend_blocks(q, k, v, window, chunked=False):
+def attend_blocks(q, k, v, window, chunked):
     """Some queries at a time, against the few keys that they can see: linear in S."""
-    T = q.size(2)
-    S = k.size(2)
-    block = max(window, 128)  # smaller blocks spend their time on launches
+    start = k.size(2) - q.size(2)  # position of a block's first query
     done = []
-    for start in range(S - T, S, block):  # positions, as i and j of `visible`
-        stop = min(start + block, S)
-        first = max(0, start - window + 1)
+    for some in q.split(max(window, 128), 2):  # smaller blocks spend their time on launches
+        stop = start + some.size(2)
+        first = max(0, start - window + 1)  # position of the first key they see
         if chunked:
             first = start // window * window
-        some = q[:, :, start - S + T : stop - S + T]
         keys = k[:, :, first:stop]
         values = v[:, :, first:stop]
         done.append(attend_mask(some, keys, values, window, chunked))
+        start = stop
     return torch.cat(done, 2)
 
 
@@ -253,23 +252,26 @@ def rotary(positions, head_dim, theta):
     """cos and signed sin of the RoPE angles at positions (T,): (2, T, 1, D), fp32.
 
     A pair (a, b) of channels turns into (a cos - b sin, b cos + a sin). So the table of sines has
-    (-sin, sin) for each pair, to be multiplied with (b, a). The table is made for the positions
-    asked for: there is none to outgrow. Source: arXiv 2104.09864.
+    (-sin, sin) for each pair, to be multiplied with (b, a): the first channel of a pair stands
+    there with the negative angle, whose cos is the same. The table is made for the positions asked
+    for: there is none to outgrow. Source: arXiv 2104.09864.
     """
     channel = torch.arange(0, head_dim, 2, device=positions.device)
     frequencies = theta ** (-channel.float() / head_dim)
     angles = positions[:, None].float() * frequencies  # (T, D / 2)
-    sin = angles.sin()
-    cos = angles.cos().repeat_interleave(2, 1)
-    sin = torch.stack((-sin, sin), 2).flatten(1)
-    return torch.stack((cos, sin))[:, :, None]
+    angles = torch.stack((-angles, angles), 2).flatten(1)  # (T, D)
+    return torch.stack((angles.cos(), angles.sin()))[:, :, None]
 
 
 @torch.compiler.assume_constant_result  # or the compiler computes sin and cos in every kernel
 def rotary_tables(T, head_dim, thetas, device):
-    """rotary for the positions 0 .. T - 1 and each of the thetas: (len(thetas), 2, T, 1, D)."""
+    """rotary for the positions 0 .. T - 1, once for each of the thetas.
+
+    A list from one call: torch cannot compile two calls of a function with this decorator, nor a
+    dictionary that comes from it.
+    """
     positions = torch.arange(T, device=device)
-    return torch.stack([rotary(positions, head_dim, theta) for theta in thetas])
+    return [rotary(positions, head_dim, theta) for theta in thetas]
 
 
 def rotate(x, rotation):
@@ -293,6 +295,11 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
+def linear(width, out):
+    """Without bias, as is every layer here."""
+    return nn.Linear(width, out, bias=False)
+
+
 class Attention(nn.Module):
     def __init__(self, config, letter):
         super().__init__()
@@ -304,25 +311,25 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         d = config.n_embd
         kv_dim = config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, kv_dim, bias=False)
-        self.v_proj = nn.Linear(d, kv_dim, bias=False)
-        self.o_proj = nn.Linear(d, d, bias=False)
-        norm = LayerNorm if config.qk_norm and self.rope else nn.Identity
+        self.q_proj = linear(d, d)
+        self.k_proj = linear(d, kv_dim)
+        self.v_proj = linear(d, kv_dim)
+        self.o_proj = linear(d, d)
+        norm = LayerNorm if config.qk_norm else nn.Identity
         self.q_norm = norm(config.head_dim, config)
         self.k_norm = norm(config.head_dim, config)
 
-    def qkv(self, x, rotation=None, query_scale=None):
+    def qkv(self, x, rotation, query_scale):
         """x (B, T, d) -> q (B, H, T, D), k and v (B, G, T, D), ready to attend.
 
-        rotation: of `rotary`, for layers that rotate. query_scale (T,): for N layers, or None.
+        rotation: of `rotary`, or None where rope is off. query_scale (T,), or None: of N layers.
         """
-        q = self.q_proj(x).unflatten(2, (-1, self.head_dim))  # (B, T, H, D)
-        k = self.k_proj(x).unflatten(2, (-1, self.head_dim))
+        q = self.q_norm(self.q_proj(x).unflatten(2, (-1, self.head_dim)))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(2, (-1, self.head_dim)))
         v = self.v_proj(x).unflatten(2, (-1, self.head_dim))
         if self.rope:  # R, S and C layers know where a token stands
-            q = rotate(self.q_norm(q), rotation)
-            k = rotate(self.k_norm(k), rotation)
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
         # else: no position signal at all. This layer finds tokens by content, at any distance.
         if query_scale is not None:
             # The more keys compete, the sharper the softmax must be for one of them to win.
@@ -333,10 +340,10 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         return q, k, v
 
-    def forward(self, x, rotation=None, query_scale=None, first=0, cache=None, positions=None):
+    def forward(self, x, first, rotation, query_scale, cache, positions):
         """x (B, T, d) -> (B, T - first, d), for the positions first .. T - 1 of x.
 
-        With a cache, x stands at `positions` (T,), after what the cache holds.
+        With a cache, x stands at `positions` (T,), after what the cache holds. Else it is None.
         """
         q, k, v = self.qkv(x, rotation, query_scale)
         if cache is not None and x.size(1) == 1:
@@ -344,8 +351,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 k, v = cache.extend(k, v, positions)
-            q = q[:, :, first:]
-            y = attend(q, k, v, self.window, self.chunked, self.path)
+            y = attend(q[:, :, first:], k, v, self.window, self.chunked, self.path)
         y = y.transpose(1, 2).flatten(2)  # (B, T - first, d)
         return self.o_proj(y)
 
@@ -355,9 +361,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.n_embd, bias=False)
+        self.gate_proj = linear(config.n_embd, config.ffn_dim)
+        self.up_proj = linear(config.n_embd, config.ffn_dim)
+        self.down_proj = linear(config.ffn_dim, config.n_embd)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -372,7 +378,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, letter)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, first=0, **where):
+    def forward(self, x, first, **where):
         """x (B, T, d) -> (B, T - first, d). where: passed on to Attention.forward."""
         h = self.input_layernorm(x)
         found = self.self_attn(h, first=first, **where)
@@ -387,12 +393,9 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the head
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
         self.norm = LayerNorm(config.n_embd, config)
-        self.thetas = {}  # of the letters that rotate
-        for letter in config.layers:
-            if LAYERS[letter][0] == "rope":
-                self.thetas[letter] = config.rope_theta
-            if letter == "R" and config.rope_theta_full:
-                self.thetas[letter] = config.rope_theta_full
+        local = config.rope_theta
+        thetas = dict(R=config.rope_theta_full or local, S=local, C=local)
+        self.thetas = {x: theta for x, theta in thetas.items() if x in config.layers}
         # N(0, 0.02) as in GPT-2 and cohere2; what writes into the stream is scaled by the depth.
         for name, weight in self.named_parameters():
             std = 0.02
@@ -404,10 +407,10 @@ class GPT(nn.Module):
     @property
     def dtype(self):
         """Of the residual stream and the cache: autocast's, or else that of the weights."""
-        device = self.embed_tokens.weight.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.embed_tokens.weight.dtype
+        weight = self.embed_tokens.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> (logits (B, T, V) fp32, None).
@@ -425,17 +428,18 @@ class GPT(nn.Module):
         The last layer computes only these, which saves much for the last token of a long row.
         """
         T = idx.size(1)
-        tables = {}
-        if self.thetas:
-            thetas = tuple(self.thetas.values())
-            made = rotary_tables(T, self.config.head_dim, thetas, idx.device)
-            tables = dict(zip(self.thetas, made, strict=True))
-        caches = [None] * len(self.layers)
+        thetas = tuple(self.thetas.values())
+        made = rotary_tables(T, self.config.head_dim, thetas, idx.device)
+        tables = dict(zip(self.thetas, made, strict=True))
         positions = torch.arange(T, device=idx.device)
+        caches = [None] * len(self.layers)
         return self.run_layers(idx, positions, tables, first, caches)
 
     def run_layers(self, idx, positions, tables, first, caches):
-        """The pass through the layers. tables: {letter: its rotation at the positions (T,)}."""
+        """The pass through the layers. tables: {letter: its rotation at the positions (T,)}.
+
+        first: where the last layer begins to compute, -1 for the last token alone.
+        """
         scales = {"N": self.query_scale(positions)}
         x = self.embed_tokens(idx).to(self.dtype)
         for n, letter in enumerate(self.config.layers):
@@ -458,7 +462,7 @@ class GPT(nn.Module):
         if not c.log_scale and not c.attn_scale:
             return None
         seen = positions + 1  # tokens that compete for the query's attention
-        scale = torch.ones_like(seen, dtype=torch.float32)
+        scale = 1.0
         if c.log_scale:
             ratio = seen.log() / math.log(max(2, c.block_size))
             scale = ratio.clamp(min=1)
@@ -519,8 +523,7 @@ class GPT(nn.Module):
     def new_caches(self, B, T):
         """Empty caches, one a layer, for B rows of at most T tokens."""
         like = dict(dtype=self.dtype, device=self.embed_tokens.weight.device)
-        layers = [block.self_attn for block in self.layers]
-        return [Cache(B, T, attention, self.config, like) for attention in layers]
+        return [Cache(B, T, block.self_attn, self.config, like) for block in self.layers]
 
     @torch.no_grad()
     def read(self, idx, caches, positions):
@@ -530,8 +533,7 @@ class GPT(nn.Module):
         """
         D = self.config.head_dim
         tables = {x: rotary(positions, D, theta) for x, theta in self.thetas.items()}
-        last = idx.size(1) - 1
-        return self.run_layers(idx, positions, tables, last, caches)[:, 0]
+        return self.run_layers(idx, positions, tables, -1, caches)[:, 0]
 
     def prefill(self, idx, caches, at_once=4096):
         """Read a prompt (B, T) into empty caches, `at_once` tokens at a time. Last state (B, d)."""
@@ -554,14 +556,16 @@ class GPT(nn.Module):
         caches = self.new_caches(len(idx), idx.size(1) + max_new_tokens)
         x = self.prefill(idx, caches)
         position = torch.tensor([idx.size(1)], device=idx.device)
-        ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
 
         def read_one(token, position):
             return self.read(token, caches, position)
 
         if idx.is_cuda:  # to launch a token's kernels one by one takes longer than to run them
-            token = idx[:, -1:].clone()  # the graph writes each new token here
-            read_one = self.as_cuda_graph(read_one, (token, position))
+            token = idx[:, -1:].clone()  # the graph reads each new token here
+            on = torch.is_autocast_enabled("cuda")
+            with torch.autocast("cuda", self.dtype, enabled=on, cache_enabled=False):
+                read_one = torch.cuda.make_graphed_callables(read_one, (token, position))
         for _ in range(max_new_tokens):
             logits = self.head(x)[:, :n_vocab]
             token = sample_token(logits, temperature, top_k, top_p, generator)
@@ -575,33 +579,29 @@ class GPT(nn.Module):
             position = position + 1
         return idx
 
-    def as_cuda_graph(self, function, args):
-        """The function of tensors, captured as one CUDA graph. It is called a few times for it."""
-        device = args[0].device.type
-        on = torch.is_autocast_enabled(device)
-        with torch.autocast(device, self.dtype, enabled=on, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(function, args)
-
     # -- to and from Hugging Face ----------------------------------------------------------------
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, tokenizer=None):
         """Write folder/{config.json, model.safetensors}, which transformers reads as cohere2.
 
-        UsageError where that format cannot say what this model does.
+        tokenizer: one of transformers', to be written beside them. UsageError where that format
+        cannot say what this model does.
         """
         from transformers import Cohere2Config, Cohere2ForCausalLM
 
         c = self.config
+        kinds = {letter: kind for kind, letter in COHERE2_LAYERS.items()}
         extra = c.qk_norm or c.log_scale or c.attn_scale
-        check(set(c.layers) <= {"S", "N"} and not extra,
+        check(set(c.layers) <= set(kinds) and not extra,
               "cohere2 has layers S and N only, no qk_norm, log_scale or attn_scale: this model of "
               f"pattern {c.pattern} cannot be saved in its format")
-        sizes = {theirs: getattr(c, ours) for ours, theirs in COHERE2.items()}
+        sizes = {theirs: getattr(c, ours) for ours, theirs in COHERE2_SIZES.items()}
         config = Cohere2Config(
             **sizes,
-            layer_types=["sliding_attention" if x == "S" else "full_attention" for x in c.layers],
-            rope_parameters=dict(rope_theta=c.rope_theta, rope_type="default"),
-            bos_token_id=None, eos_token_id=None, pad_token_id=None)
+            layer_types=[kinds[letter] for letter in c.layers],
+            rope_theta=c.rope_theta,
+            bos_token_id=None, pad_token_id=None,
+            eos_token_id=tokenizer.eos_token_id if tokenizer else None)
         config.rope_theta = c.rope_theta  # transformers 4 reads it here, or else takes 10,000
         with torch.device("meta"):  # no weights yet: they are about to be assigned
             theirs = Cohere2ForCausalLM(config)
@@ -611,6 +611,8 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             theirs.save_pretrained(beside)
+            if tokenizer:
+                tokenizer.save_pretrained(beside)
             for file in Path(beside).iterdir():
                 file.replace(folder / file.name)
 
@@ -621,61 +623,67 @@ class GPT(nn.Module):
         dtype: as transformers takes it; "auto": that of the file. override: fields of ModelConfig.
         UsageError for any other kind of model, and for what this one would ignore.
         """
-        from transformers import AutoConfig, Cohere2ForCausalLM, PreTrainedConfig
+        from transformers import Cohere2Config, Cohere2ForCausalLM
 
         try:
-            hf = AutoConfig.from_pretrained(folder)
-            written, _ = PreTrainedConfig.get_config_dict(folder)  # without any default
-            refuse_unlike_ours(folder, hf, written)
+            written, _ = Cohere2Config.get_config_dict(folder)
+            kind = written.get("model_type")
+            check(kind == "cohere2", f"it has model_type {kind}{OTHER_BLOCKS.get(kind, '')}")
+            hf = Cohere2Config.from_pretrained(folder)
+            refuse_unlike_ours(hf, written)
             theirs, found = Cohere2ForCausalLM.from_pretrained(
                 folder, config=hf, dtype=dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True)  # they are told below
-        except UsageError:
-            raise
+                ignore_mismatched_sizes=True)  # they are found here, and told below
+            for kind, keys in found.items():
+                check(not keys, f"its weights contradict config.json: {kind} {sorted(keys)[:3]}")
+            tied = theirs.lm_head.weight.equal(theirs.model.embed_tokens.weight)
+            check(tied, "its head is not its embedding: only tied weights can be read")
         except Exception as error:  # transformers raises many kinds for a file that is not right
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise UsageError(f"{folder} cannot be read as a cohere2 model: {why}") from None
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = ", ".join(str(key) for key in sorted(found[kind])[:3])
-            check(not names, f"the weights in {folder} contradict its config.json: {kind} {names}")
-        check(theirs.lm_head.weight.equal(theirs.model.embed_tokens.weight),
-              f"{folder} has a head that is not its embedding: only tied weights can be read")
-        known = {ours: getattr(hf, name) for ours, name in COHERE2.items()}
-        letters = {"sliding_attention": "S", "full_attention": "N"}
-        known["pattern"] = "".join(letters[kind] for kind in hf.layer_types)
+        known = {ours: getattr(hf, name) for ours, name in COHERE2_SIZES.items()}
+        known["pattern"] = "".join(COHERE2_LAYERS[kind] for kind in hf.layer_types)
         known["rope_theta"] = hf.rope_parameters["rope_theta"]
         known = known | override
-        unsaid = [name for name, value in known.items() if value is None]
-        check(not unsaid, f"{folder}/config.json does not say {unsaid}: give it to from_pretrained")
+        check(known["window"] is not None,
+              f"{folder} has no sliding_window: give window to from_pretrained")
         with torch.device("meta"):
             model = GPT(ModelConfig(**known))
         model.load_state_dict(theirs.model.state_dict(), assign=True)
         return model.eval()
 
 
-def refuse_unlike_ours(folder, hf, written):
+def refuse_unlike_ours(hf, written):
     """UsageError if the config of a model in transformers' form says what GPT does not do.
 
     written: config.json as it is. hf has defaults for what it leaves out.
     """
-    ours = dict(model_type="cohere2", hidden_act="silu", attention_bias=False,
-                tie_word_embeddings=True, quantization_config=None)
-    for name, value in ours.items():
-        said = getattr(hf, name, value)
-        check(said == value, f"{folder} has {name} {said}: only {value} can be read")
-    rope = hf.rope_parameters or {}
-    check(rope.get("rope_type") == "default", f"{folder} scales its RoPE: that cannot be read")
-    newer = written.get("rope_parameters") or {}
-    said = written.get("rope_theta") or newer.get("rope_theta")
-    check(said and rope.get("rope_theta"), f"{folder}/config.json does not say rope_theta")
     width = hf.hidden_size // hf.num_attention_heads
-    said = written.get("head_dim") or width
-    check(said == width, f"{folder} has heads of {said}: only {width} can be read")
-    kinds = set(hf.layer_types) - {"sliding_attention", "full_attention"}
-    check(not kinds, f"{folder} has layers of {kinds}: only sliding and full ones can be read")
+    told = [  # name, what the config says, the one thing that can be read
+        ("hidden_act", hf.hidden_act, "silu"),
+        ("attention_bias", hf.attention_bias, False),
+        ("tie_word_embeddings", hf.tie_word_embeddings, True),
+        ("quantization_config", written.get("quantization_config"), None),
+        ("RoPE of type", hf.rope_parameters.get("rope_type"), "default"),
+        ("heads of", written.get("head_dim") or width, width),
+    ]
+    for name, said, ours in told:
+        check(said == ours, f"it has {name} {said}: only {ours} can be read")
+    rope = written.get("rope_parameters") or written  # older files say rope_theta at the top
+    check(rope.get("rope_theta"), "its config.json does not say rope_theta")
+    kinds = set(hf.layer_types) - set(COHERE2_LAYERS)
+    check(not kinds, f"it has layers of {kinds}: only sliding and full ones can be read")
 
 
-COHERE2 = {  # ModelConfig's name of a size: transformers' Cohere2Config's
+OTHER_BLOCKS = {  # models of the same layout, and why they cannot be read all the same
+    "exaone4": ", whose norms stand after attention and after SwiGLU",
+    "afmoe": ", which gates its attention and has experts",
+    "smollm3": ", whose SwiGLU comes after attention, not beside it",
+}
+
+COHERE2_LAYERS = {"sliding_attention": "S", "full_attention": "N"}  # cohere2 knows no others
+
+COHERE2_SIZES = {  # ModelConfig's name of a size: Cohere2Config's
     "vocab_size": "vocab_size",
     "block_size": "max_position_embeddings",
     "n_layer": "num_hidden_layers",
@@ -744,18 +752,16 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """Logits (B, V) -> token ids (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        kept = logits.topk(min(top_k, logits.size(-1))).values
-        logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
+    size = logits.size(-1)
+    ranked, ids = logits.topk(min(top_k or size, size))  # the likeliest first
+    probs = (ranked / temperature).softmax(-1)
     if top_p is not None:
-        ranked, order = logits.sort(descending=True)
-        probs = ranked.softmax(-1)
         # A token stays while those likelier than it hold less than top_p. The likeliest stays.
         drop = probs.cumsum(-1) - probs >= top_p
         drop[:, 0] = False
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        probs = probs.masked_fill(drop, 0)
+    place = torch.multinomial(probs, 1, generator=generator)
+    return ids.gather(1, place)
 
 
 # ---- The loss, in slices ------------------------------------------------------------------------
@@ -782,7 +788,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         w = weight.to(x.dtype)
         count = (targets != -100).sum().clamp(min=1)
-        loss = torch.zeros((), device=x.device)
+        loss = 0.0
         grad_w = torch.zeros_like(weight)
         grad_x = []
         token = torch.arange(len(weight), device=x.device)

@@ -4,8 +4,9 @@
     python prepare_data.py --dataset shakespeare --tokenizer=gpt2
     python prepare_data.py --dataset my_notes/ book.txt --name=mine
 
-A .bin is a flat array of token ids (uint16). The end-of-document id follows every document, and
-the longest documents come first: a long context is then one document, where there is one.
+A .bin is a flat array of token ids, uint16 or, for large vocabularies, uint32. The end-of-document
+id follows every document, and the longest documents come first: a long context is then one
+document, where there is one.
 Does NOT include: shuffling (train.py draws rows at random), filtering, deduplication.
 """
 
@@ -41,15 +42,69 @@ from model import UsageError, check, check_ranges, flag
 # ---- Text to tokens ----------------------------------------------------------------------------
 
 
+class PretrainedTokenizer:
+    """A tokenizer that transformers reads, with the few methods that we use of tiktoken's."""
+
+    def __init__(self, name):
+        from transformers import AutoTokenizer
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        try:
+            self.theirs = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # transformers raises many kinds
+            why = " ".join(str(error).split())[:200]
+            raise UsageError(f"{name} has no tokenizer that transformers reads: {why}") from None
+        self.name = name
+        # In most vocabularies, as in GPT-2's, a token is spelled with a character for each byte.
+        self.byte = {character: n for n, character in bytes_to_unicode().items()}
+        self.n_vocab = len(self.theirs)
+        self.eot_token = self.theirs.eos_token_id
+        check(self.eot_token is not None,
+              f"the tokenizer of {name} names no end-of-document token: set its eos_token")
+
+    def encode_to_numpy(self, text, **options):
+        ids = self.theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return np.array(ids, int)
+
+    def decode(self, ids):
+        return self.theirs.decode(ids)
+
+    def decode_single_token_bytes(self, i):
+        token = self.theirs.convert_ids_to_tokens(i) or ""
+        if set(token) <= self.byte.keys():
+            return bytes(self.byte[character] for character in token)
+        return self.theirs.decode([i]).encode()
+
+
+def pretrained_tokenizer(enc):
+    """The encoding as a tokenizer of transformers, with the same ids."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    if isinstance(enc, PretrainedTokenizer):
+        return enc.theirs
+    converter = TikTokenConverter(enc._mergeable_ranks, enc._pat_str,
+                                  extra_special_tokens=enc._special_tokens)
+    converter.load_tiktoken_bpe = lambda ranks: ranks  # it expects a file of them
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(),
+                                   eos_token=enc.decode([enc.eot_token]))
+
+
 def encoding(name):
-    """The tokenizer "byte" (id = byte, 256 = end of document) or "gpt2"."""
+    """The tokenizer "byte" (id = byte, 256 = end of document), "gpt2", or one of transformers'.
+
+    Of those, name is a folder or an id on the hub, like ORGANISATION/NAME.
+    """
     if name == "byte":
         return tiktoken.Encoding(
             name,
-            pat_str="(?s:.)",
+            pat_str=r"[\s\S]",
             mergeable_ranks={bytes([i]): i for i in range(256)},
             special_tokens={"<|endoftext|>": 256})
-    check(name == "gpt2", f"unknown tokenizer {name!r}: choose byte or gpt2")
+    if "/" in name:
+        return PretrainedTokenizer(name)
+    check(name == "gpt2", f"--tokenizer={name}: choose byte or gpt2, or give the path of a folder, "
+          "or an ORGANISATION/NAME on the hub, that transformers reads")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # ValueError: a proxy sent a page of its own
@@ -73,7 +128,7 @@ def token_sizes(enc):
     """(vocabulary,) how many bytes each id stands for."""
     sizes = [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
     sizes[enc.eot_token] = 1
-    return np.array(sizes, np.uint8)
+    return np.array(sizes)
 
 
 def count_bytes(enc, ids):
@@ -160,7 +215,7 @@ GENERATED = re.compile(
 @dataclass
 class DataConfig:
     dataset: tuple[str, ...] = flag(("python",), f"{', '.join(KNOWN)}, or paths of files, folders")
-    tokenizer: str = flag("byte", "bytes, or GPT-2's vocabulary", choices=("byte", "gpt2"))
+    tokenizer: str = flag("byte", "byte, gpt2, or a folder or hub id that transformers reads")
     data_dir: str = flag("data", "folder of the datasets and of downloads/")
     name: str = flag("", "folder to make in data_dir; if not given, DATASET or DATASET-gpt2")
     val_frac: float = flag(0.05, "share of the text that validates", least=0.001, most=0.5)
@@ -292,6 +347,10 @@ def read_corpus(cfg, enc):
 # ---- Token files -------------------------------------------------------------------------------
 
 
+def token_dtype(enc):
+    return "uint16" if enc.n_vocab <= 2**16 else "uint32"
+
+
 def write_tokens(path, arrays, enc):
     """Write arrays of ids to path. Returns what meta.json says about them."""
     print(f"writing {path.name}", flush=True)
@@ -299,7 +358,7 @@ def write_tokens(path, arrays, enc):
     counts = Counter()
     with open(path, "wb") as out:
         for ids in arrays:
-            out.write(ids.astype("<u2"))
+            out.write(ids.astype(token_dtype(enc)))
             counts[f"{split}_tokens"] += len(ids)
             counts[f"{split}_bytes"] += count_bytes(enc, ids)
             counts[f"{split}_documents"] += int((ids == enc.eot_token).sum())
@@ -311,8 +370,8 @@ def write_tokens(path, arrays, enc):
 
 def make(cfg, folder, settings):
     """Write the token files of cfg and meta.json to folder, which appears when all are written."""
-    enc = encoding(cfg.tokenizer)
-    meta = settings | dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype="uint16",
+    enc = encoding(settings["tokenizer"])
+    meta = settings | dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype=token_dtype(enc),
                            source=f"read by Python {sys.version.split()[0]}")
     with whole(folder) as making:
         making.mkdir()
@@ -327,11 +386,14 @@ def prepare(cfg):
     started = time.monotonic()
     check_ranges(cfg)
     dataset = [name if name in KNOWN else str(Path(name).resolve()) for name in cfg.dataset]
-    name = cfg.name or f"{Path(dataset[0]).stem}-{cfg.tokenizer}".removesuffix("-byte")
+    tokenizer = cfg.tokenizer
+    if Path(tokenizer).is_dir():
+        tokenizer = str(Path(tokenizer).resolve())
+    name = cfg.name or f"{Path(dataset[0]).stem}-{Path(tokenizer).name}".removesuffix("-byte")
     check(re.fullmatch(r"(?!downloads$)\w[\w. -]*", name),
           f"--name={name!r} cannot be a folder in {cfg.data_dir}: choose another")
     folder = Path(cfg.data_dir, name)
-    settings = asdict(cfg) | dict(dataset=dataset)
+    settings = asdict(cfg) | dict(dataset=dataset, tokenizer=tokenizer)
     del settings["name"], settings["data_dir"]
     if folder.exists():
         print(f"{folder} is there already: delete it to make it anew")
@@ -358,8 +420,8 @@ def prepare(cfg):
 class Data(NamedTuple):
     folder: Path
     meta: dict
-    train: np.memmap  # (train_tokens,) token ids
-    val: np.memmap  # (val_tokens,)
+    train: np.ndarray  # (train_tokens,) token ids
+    val: np.ndarray  # (val_tokens,)
 
     def rows(self, tokens, starts, length):
         """Stretches of train or val: (len(starts), length) token ids."""
@@ -382,8 +444,8 @@ def load_data(folder):
     check(folder.is_dir(), f"there is no dataset folder {folder}: {how}")
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
-        train = np.memmap(folder / "train.bin", "<u2", "r")
-        val = np.memmap(folder / "val.bin", "<u2", "r")
+        train = np.memmap(folder / "train.bin", meta["dtype"], "r")
+        val = np.memmap(folder / "val.bin", meta["dtype"], "r")
         sizes = [len(train), len(val)]
         check(sizes == [meta["train_tokens"], meta["val_tokens"]], f"its tokens are {sizes}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -391,6 +453,13 @@ def load_data(folder):
             f"{folder} is broken ({error!r}): delete the folder and run prepare_data.py again"
         ) from None
     return Data(folder, meta, train, val)
+
+
+def encode_files(names, enc, data_dir):
+    """The texts of files and folders as a Data that stands in memory alone, all of it `train`."""
+    texts = read_named(names, data_dir)
+    ids = np.concatenate([ids.astype(token_dtype(enc)) for ids in encode_all(texts.values(), enc)])
+    return Data(Path(names[0]), dict(vocab_size=enc.n_vocab), ids, ids[:0])
 
 
 # ---- Dataclasses to flags, errors to one line --------------------------------------------------

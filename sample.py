@@ -5,6 +5,9 @@
                                               # seed become one line, mean ± standard deviation
     python sample.py --max_multiple=256 --log_scale --heatmap
     python sample.py --prompt="def main("     # also --prompt=FILE:path, or - for stdin
+    python sample.py --show_attention         # where a question's last token looks, layer by layer
+    python sample.py --export=FOLDER          # what transformers reads, if the layers are S and N
+    python sample.py FOLDER --text=book.txt   # a cohere2 model of transformers, on any text
 
 The probes
     loss       Bits per byte of the last T/4 tokens of each row. T is the training context. A model
@@ -46,7 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import prepare_data
-from model import check, check_ranges, flag, visible
+from model import LAYERS, UsageError, check, check_ranges, flag, visible
 from train import (
     DTYPES,
     RESUMABLE,
@@ -68,9 +71,10 @@ CAPTIONS = {
     "attention": "share of the answer's attention",
 }
 TOKENS_AT_ONCE = 2**17  # in a batch of rows
+LOGITS_AT_ONCE = 2**28
 BEGIN = 10  # tokens at a row's beginning, which draw attention whatever they say
 PARTS = 32  # of the context, in the curve of attention by position
-OVERRIDES = ("log_scale", "window", "rope_theta", "attention")
+OVERRIDES = ("block_size", "log_scale", "window", "rope_theta", "attention")
 instead = partial(flag, None, "instead of the run's", group="the model, changed for the probes")
 text_flag = partial(flag, group="text generation")
 
@@ -85,8 +89,11 @@ class SampleConfig:
     needles: int = flag(4, "facts in a row", least=1)
     digits: int = flag(7, "digits of an answer", least=1, most=18)
     heatmap: bool = flag(False, "add the heatmap probe: needle by depth of the fact")
-    haystack: str = flag("", "dataset whose train split rows are cut from; empty: the run's val")
+    text: tuple[str, ...] = flag((), "files, folders or a dataset to cut rows from; none: its val")
+    show_attention: bool = flag(False, "where a token looks: the prompt's last, or of a question")
+    export: str = flag("", "folder to write model and tokenizer to, for transformers")
     plot: str = flag("", "file of the figure; empty: probe.png in the first run")
+    block_size: int | None = instead()
     log_scale: bool | None = instead()
     window: int | None = instead()
     rope_theta: float | None = instead()
@@ -114,10 +121,14 @@ class SampleConfig:
 
 
 class Run:
-    """A trained model and the text that it is scored on."""
+    """A trained model and the text that it is scored on.
+
+    folder: of a run of train.py, or a folder or hub id that `GPT.from_pretrained` reads.
+    """
 
     def __init__(self, folder, cfg):
         self.folder = Path(folder)
+        self.out = self.folder if self.folder.is_dir() else Path("out", self.folder.name)
         self.cfg = cfg
         changed = {name: x for name, x in vars(cfg).items() if name in OVERRIDES and x is not None}
         self.model, self.train, self.meta = load_run(folder, **changed)
@@ -127,8 +138,15 @@ class Run:
         old = self.machine.cuda and not self.machine.modern  # a card without bfloat16
         if cfg.dtype == "auto" and not old:
             self.machine = Machine(cfg.device, self.train.dtype)
-        self.model.to(self.machine.device)
+        try:
+            self.model.to(self.machine.device)
+        except torch.OutOfMemoryError:
+            raise UsageError(f"{folder} is too large for {self.machine.name}: add --device=cpu, or "
+                             "use a larger card") from None
         self.enc = prepare_data.encoding(self.meta["tokenizer"])
+        size = self.model.config.vocab_size
+        check(self.enc.n_vocab <= size, f"the tokenizer of {folder} has {self.enc.n_vocab} tokens, "
+              f"its embedding {size}: remove the tokens that were added")
         self.T = self.model.config.block_size
         self.found = defaultdict(dict)  # probe: {length: {name: number}}
         multiples = {min(cfg.factor**k, cfg.max_multiple) for k in range(64)}
@@ -136,23 +154,27 @@ class Run:
 
     @cached_property
     def data(self):
-        """The dataset that rows are cut from."""
-        name = self.cfg.haystack
-        folder = Path(self.train.data_dir, name or self.train.dataset)
+        """What rows are cut from: the texts at the paths of --text, or a dataset."""
+        names = self.cfg.text
+        trained = "val_sha256" in self.meta  # on a dataset
+        check(names or trained, f"{self.folder} is no run of train.py: name a text with --text")
+        folder = Path(self.train.data_dir, names[0] if names else self.train.dataset)
+        if names and not Path(folder, "meta.json").exists():
+            return prepare_data.encode_files(names, self.enc, self.train.data_dir)
         data = prepare_data.load_data(folder)
         alike = {key for key, value in self.meta.items() if data.meta.get(key) == value}
-        if name:
+        if names:
             fits = "tokenizer" in alike and "train_sha256" not in alike
-            check(fits, f"--haystack={name}: {self.folder} has other tokens, or was trained on it")
+            check(fits, f"--text={names[0]}: {self.folder} has other tokens, or was trained on it")
         else:
             check("val_sha256" in alike, f"{self.folder} was trained on another {folder}: make "
-                  "that one again, or name a text with --haystack")
+                  "that one again, or name a text with --text")
         return data
 
     @property
     def text(self):
         """Token ids that the model was not trained on."""
-        return self.data.train if self.cfg.haystack else self.data.val
+        return self.data.train if self.cfg.text else self.data.val
 
     @property
     def first(self):
@@ -166,14 +188,18 @@ class Run:
 
     @torch.no_grad()
     def predict(self, rows, n):
-        """Logits (B, n, vocabulary) and targets (B, n) of the last n tokens, a batch at a time."""
-        size = max(1, TOKENS_AT_ONCE // rows.shape[1])
-        for batch in self.machine.put(rows).split(size):
+        """Yield logits (B, m, vocabulary) and targets (B, m), which cover the last n tokens."""
+        n_vocab = self.enc.n_vocab
+        size = min(TOKENS_AT_ONCE // rows.shape[1], LOGITS_AT_ONCE // (n * n_vocab))
+        m = LOGITS_AT_ONCE // n_vocab  # of a single row whose logits are too many
+        for batch in self.machine.put(rows).split(max(1, size)):
             with self.machine.autocast():
                 x = self.model.hidden(batch[:, :-1], first=batch.size(1) - 1 - n)
-                logits = self.model.head(x)
-            # The model's vocabulary is padded: ids from n_vocab on stand for nothing.
-            yield logits[..., : self.enc.n_vocab], batch[:, -n:]
+            for some, targets in zip(x.split(m, 1), batch[:, -n:].split(m, 1), strict=True):
+                with self.machine.autocast():
+                    logits = self.model.head(some)
+                # The model's vocabulary is padded: ids from n_vocab on stand for nothing.
+                yield logits[..., :n_vocab], targets
 
 
 # ---- The probes: each gives numbers by name, for a run and a length of context ------------------
@@ -276,19 +302,34 @@ def probe_heatmap(run, length):
     return {f"{depth}%": probe_needle(run, length, depth / 100)["accuracy"] for depth in depths}
 
 
-def attention_numbers(layer, q, k, cuts):
-    """What queries q (H, n, D), a row's last, give to its keys k (G, S, D): numbers by name.
+def watch_attention(run, row, n, see):
+    """Call see(letter, weights) for each layer: (H, n, S), of a row's last n queries on its S keys.
 
-    Means over heads and queries. cuts: see plant.
+    Only these queries' weights are computed: memory is linear in the row.
     """
-    k = k.repeat_interleave(len(q) // len(k), 0)
-    j = torch.arange(k.size(1), device=k.device)
-    seen = visible(j[-q.size(1) :, None], j, layer.window, layer.chunked)
-    scores = q @ k.mT / math.sqrt(layer.head_dim)
-    p = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    mass = p.mean((0, 1)).cpu().numpy()
+
+    def watch(layer, args, where):
+        q, k, _ = layer.qkv(*args, where["rotation"], where["query_scale"])
+        q = q[0, :, -n:].float()
+        k = k[0].float().repeat_interleave(len(q) // k.size(1), 0)
+        j = torch.arange(k.size(1), device=k.device)
+        seen = visible(j[-n:, None], j, layer.window, layer.chunked)
+        scores = q @ k.mT / math.sqrt(layer.head_dim)
+        see(letters[layer], scores.masked_fill(~seen, -math.inf).softmax(-1))
+
+    layers = [block.self_attn for block in run.model.layers]
+    letters = dict(zip(layers, run.model.config.layers, strict=True))
+    hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
+    list(run.predict(row[None], n))
+    for hook in hooks:
+        hook.remove()
+
+
+def attention_numbers(weights, cuts):
+    """Of attention weights (H, n, S), means over heads and queries, by name. cuts: see plant."""
+    mass = weights.mean((0, 1)).cpu().numpy()
     begin, before, needle, after, qc = [part.sum() for part in np.split(mass, [BEGIN, *cuts])]
-    entropy = torch.special.entr(p).sum(-1).mean().item() / math.log(2)
+    entropy = torch.special.entr(weights).sum(-1).mean().item() / math.log(2)
     parts = np.array_split(mass[BEGIN : len(mass) * 97 // 100], PARTS)
     curve = [part.sum() for part in parts]
     return dict(
@@ -297,25 +338,15 @@ def attention_numbers(layer, q, k, cuts):
 
 
 def probe_attention(run, length):
-    layers = [block.self_attn for block in run.model.layers]
-    seen = {}  # layer: its queries, keys and values
     numbers = defaultdict(list)
-
-    def watch(layer, args, where):
-        seen[layer] = layer.qkv(*args, where["rotation"], where["query_scale"])
-
-    hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
     for row, n, cuts in plant_all(run, length, depth=0.5):
-        list(run.predict(row[None], n))
-        for letter, layer in zip(run.model.config.layers, layers, strict=True):
-            q, k, _ = seen[layer]
-            # The answer's queries alone: memory is linear in the length.
-            found = attention_numbers(layer, q[0, :, -n:].float(), k[0].float(), cuts)
-            for name, number in found.items():
+
+        def see(letter, weights, cuts=cuts):
+            for name, number in attention_numbers(weights, cuts).items():
                 numbers[f"all {name}"].append(number)
                 numbers[f"{letter} {name}"].append(number)
-    for hook in hooks:
-        hook.remove()
+
+        watch_attention(run, row, n, see)
     return {name: np.mean(each, 0).tolist() for name, each in numbers.items()}
 
 
@@ -346,7 +377,7 @@ def open_runs(cfg):
 def check_lengths(runs, cfg):
     """UsageError where a run's text is too short for the longest context."""
     most = min((len(run.text) - 1) // run.T for run in runs)
-    check(most, "the text is shorter than a row: name a longer one with --haystack")
+    check(most, "the text is shorter than a row: name a longer one with --text")
     check(cfg.max_multiple <= most, f"the text is too short: use --max_multiple={most} or less")
 
 
@@ -385,7 +416,7 @@ def measure(run):
         git=git_revision(),
     )
     found = json.dumps(about | run.found, indent=1)
-    prepare_data.write_atomically(run.folder / "probe.json", found)
+    prepare_data.write_atomically(run.out / "probe.json", found)
 
 
 def lines_of(runs):
@@ -395,7 +426,7 @@ def lines_of(runs):
         same = vars(run.train) | dict.fromkeys([*RESUMABLE, "seed"])
         # Second stages start from first ones whose names differ in a number at their end.
         same["init_from"] = run.train.init_from.rstrip("0123456789/")
-        key = f"{same} {run.model.config} {run.meta['train_sha256']} {run.meta['step']}"
+        key = f"{same} {run.model.config} {run.meta.get('train_sha256')} {run.meta['step']}"
         while run.train.seed in [other.train.seed for other in groups[key]]:
             key += " again"  # a seed that comes twice begins a line of its own
         groups[key].append(run)
@@ -512,12 +543,16 @@ def read_prompt(prompt):
     return prompt
 
 
+def encode_prompt(run, prompt):
+    ids = prepare_data.encode(run.enc, prompt)
+    return np.array(ids if len(ids) else [run.enc.eot_token])
+
+
 def write_text(run, prompt):
     """Print the prompt and what follows it."""
     cfg = run.cfg
     end = run.enc.eot_token
-    ids = prepare_data.encode(run.enc, prompt)
-    idx = run.machine.put(np.array([ids if len(ids) else [end]]))
+    idx = run.machine.put(encode_prompt(run, prompt)[None])
     torch.manual_seed(cfg.seed)
     with run.machine.autocast():
         out = run.model.generate(
@@ -532,14 +567,62 @@ def write_text(run, prompt):
     print(run.enc.decode(out[out != end].tolist()))
 
 
+def show_attention(run, prompt):
+    """Print where a prompt's last token looks most, in the last layer of each kind.
+
+    Means over heads. prompt None: a row with facts in it and a question at its end.
+    """
+    if prompt is None:
+        check_lengths([run], run.cfg)
+        row, n, _ = plant(run, run.rows(run.lengths[-1])[0], 0, depth=0.5)
+        ids = row[:-n]
+    else:
+        ids = encode_prompt(run, prompt)
+
+    def see(letter, weights):
+        found[letter] = weights.mean((0, 1))
+
+    def words(start, stop):
+        text = run.enc.decode(ids[max(0, start) : stop].tolist())
+        return text.replace("\n", "⏎")
+
+    found = {}
+    row = np.append(ids, run.enc.eot_token)  # a target, which is not looked at
+    watch_attention(run, row, 1, see)
+    [(logits, _)] = run.predict(row[None], 1)
+    last = len(ids) - 1
+    told = run.enc.decode([logits.argmax().item()])
+    print(f"after …{words(last - 60, last + 1)} the model expects {told!r}; shares of attention:")
+    for letter, weights in found.items():
+        position, span = LAYERS[letter]
+        print(f"\n{letter} layer ({position}, {span})")
+        for share, place in zip(*weights.topk(min(10, len(ids))), strict=True):
+            around = f"{words(place - 30, place)}[{words(place, place + 1)}]"
+            after = words(place + 1, place + 12)
+            print(f"{share:6.1%}  {last - place:9,} tokens back  …{around}{after}…")
+
+
+def export(run):
+    """Write a folder that transformers reads, with the tokenizer."""
+    check(len(run.cfg.runs) < 2, "--export writes one run: name one")
+    run.model.save_pretrained(run.cfg.export, prepare_data.pretrained_tokenizer(run.enc))
+    print(f"{run.cfg.export} is what AutoModelForCausalLM and AutoTokenizer read")
+
+
 def main(argv):
     cfg = SampleConfig(**prepare_data.parse_flags({"probes": SampleConfig}, argv, __doc__))
     runs = open_runs(cfg)
-    if cfg.prompt is not None:
-        prompt = read_prompt(cfg.prompt)
+    if cfg.export:
+        export(runs[0])
+        return
+    prompt = None if cfg.prompt is None else read_prompt(cfg.prompt)
+    if cfg.show_attention or prompt is not None:
         for run in runs:
             tell(f"{run.folder}:")
-            write_text(run, prompt)
+            if cfg.show_attention:
+                show_attention(run, prompt)
+            else:
+                write_text(run, prompt)
         return
     check_runs(runs, cfg)
     for run in runs:
@@ -550,7 +633,7 @@ def main(argv):
     lines = lines_of(runs)
     for probe in cfg.probes:
         print(f"\n{CAPTIONS[probe]}, by context in tokens\n\n{table(probe, lines)}")
-    path = cfg.plot or runs[0].folder / "probe.png"
+    path = cfg.plot or runs[0].out / "probe.png"
     try:
         draw(lines, cfg, path)
         print(f"\nnumbers in probe.json of each run, figure in {path}")

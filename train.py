@@ -40,7 +40,7 @@ from model import GPT, PRESETS, ModelConfig, UsageError, check, check_ranges, ch
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32,
-        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=4e-3,
+        batch_size=8, max_iters=2500, warmup_iters=60, learning_rate=4e-3,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25M parameters
 }  # fmt: skip
@@ -79,13 +79,13 @@ class TrainConfig:
                                      least=1)
     eval_iters: int = output_flag(10, "batches of an evaluation", least=1)
     log_interval: int = output_flag(10, "steps between lines of log.jsonl", least=1)
-    init_from: str = flag("", "run whose weights to start from, with a new schedule (stage two)")
+    init_from: str = flag("", "stage two: a run, or a cohere2 model, whose weights to start from")
     batch_size: int = flag(32, "rows of a micro-batch, per process", least=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches of a step, of all ranks", least=1)
-    max_iters: int = flag(1000, "optimiser steps", least=1)
+    max_iters: int = flag(7000, "optimiser steps", least=1)
     optimizer: str = flag("muon", "optimizer of the hidden matrices", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "peak learning rate", least=0)
-    min_lr: float = flag(0.0, "learning rate at the end; 0: a tenth of the peak", least=0)
+    min_lr: float = flag(0.0, "learning rate at the end", least=0)
     warmup_iters: int = flag(30, "steps of linear warm-up", least=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", least=0)
     beta1: float = flag(0.9, "AdamW", least=0, most=0.9999)
@@ -97,6 +97,8 @@ class TrainConfig:
     compile: bool = flag(True, "torch.compile, on GPUs from Ampere on")
 
     def __post_init__(self):
+        self.data_dir = str(self.data_dir)  # Python code may give a Path
+        self.init_from = str(self.init_from)
         check_ranges(self)
         check(self.min_lr <= self.learning_rate,
               f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
@@ -163,6 +165,12 @@ class Machine:
         """Until all processes have come here."""
         if self.world > 1:
             dist.barrier()
+
+    def say(self, text):
+        """Print, once for all processes, above the bar where there is one."""
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def clock(self):
         """Seconds, read once the device has finished its work."""
@@ -364,9 +372,8 @@ def make_optimizers(model, cfg):
     decayed = [p for p in model.parameters() if p.dim() == 2]
     optimizers = []
     if cfg.optimizer == "muon":
-        hidden = decayed[1:]
+        optimizers.append(BatchedMuon(decayed[1:], cfg.learning_rate, cfg.weight_decay))
         decayed = decayed[:1]  # the embedding
-        optimizers.append(BatchedMuon(hidden, cfg.learning_rate, cfg.weight_decay))
     groups = [dict(params=decayed, weight_decay=cfg.weight_decay),
               dict(params=norms, weight_decay=0.0)]
     betas = (cfg.beta1, cfg.beta2)
@@ -390,8 +397,8 @@ def learning_rate(step, cfg):
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
     done = (step - cfg.warmup_iters) / (cfg.max_iters - cfg.warmup_iters)
-    least = cfg.min_lr or cfg.learning_rate / 10
-    return least + (cfg.learning_rate - least) * (1 + math.cos(math.pi * done)) / 2
+    share = (1 + math.cos(math.pi * done)) / 2
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * share
 
 
 # ---- Runs: what is kept of them -----------------------------------------------------------------
@@ -420,47 +427,77 @@ def newest_run(root="out"):
     return runs[-1].parent
 
 
+def is_pretrained(name):
+    """Is name a folder of a model of transformers, or what can only be an id on its hub?"""
+    config = Path(name, "config.json")
+    if config.is_file():
+        return "model_type" in config.read_text()
+    return "/" in str(name) and not Path(name).parent.exists()
+
+
+def load_pretrained(folder):
+    """A cohere2 model of transformers with its tokenizer, as load_checkpoint gives a run."""
+    model = GPT.from_pretrained(folder)
+    dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+    cfg = TrainConfig(dtype=dtype)
+    tokenizer = str(Path(folder).resolve()) if Path(folder).is_dir() else str(folder)
+    return dict(folder=folder, step=cfg.max_iters, stage=0, meta=dict(tokenizer=tokenizer),
+                model=model.state_dict(), model_config=model.config, train_config=cfg)
+
+
 def load_checkpoint(folder):
-    """What save_checkpoint wrote, on the CPU, with its configs made; nothing in it is executed."""
+    """What save_checkpoint wrote, on the CPU, with its configs made, and the folder it is from.
+
+    Nothing in it is executed. folder may also hold a model of transformers.
+    """
     path = Path(folder, "ckpt.pt")
+    if not path.exists() and is_pretrained(folder):
+        return load_pretrained(folder)
     check(path.is_file(), f"{path} is missing: {folder} holds no run, or none that was saved yet. "
           "Name the folder of a run, such as out/rnope-swa, or start anew in another one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = ModelConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
+        state["folder"] = folder
     except Exception as error:  # torch.load raises many kinds; each means the same to the user
         raise UsageError(f"{path} is not a checkpoint of this version of train.py, or is damaged "
                          f"({str(error)[:100]})") from None
     return state
 
 
-def load_weights(model, state, source):
+def load_weights(model, state, assign=False):
+    """Copy the weights of a checkpoint into the model, or make them the model's own."""
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], assign=assign)
     except RuntimeError:
-        raise UsageError(f"the weights of {source} do not fit: only flags that change no shape may "
-                         "differ, e.g. --block_size, --window, --rope_theta, --log_scale") from None
+        raise UsageError(f"the weights of {state['folder']} do not fit: only flags that change no "
+                         "shape may differ, e.g. --block_size, --window, --rope_theta, "
+                         "--log_scale") from None
 
 
 def load_run(folder, device="cpu", **override):
     """A trained run: (GPT, TrainConfig, meta, with the run's step). override: of ModelConfig."""
     state = load_checkpoint(folder)
-    model = GPT(replace(state["model_config"], **override))
-    load_weights(model, state, folder)
+    with torch.device("meta"):  # no weights yet: they are about to be assigned
+        model = GPT(replace(state["model_config"], **override))
+    load_weights(model, state, assign=True)
     meta = state["meta"] | dict(step=state["step"])
     return model.to(device).eval(), state["train_config"], meta
 
 
 def choose_out_dir(cfg, pattern):
-    """A folder for a new run: never one that holds another run."""
+    """The folder of a run: never one that holds another run."""
+    folder = Path(cfg.out_dir)
+    if cfg.resume:
+        return folder
     if cfg.out_dir:
-        saved = Path(cfg.out_dir, "ckpt.pt").exists()
-        check(not saved, f"{cfg.out_dir} holds a run: add --resume, or name another --out_dir")
-        begun = Path(cfg.out_dir, "config.json").exists()
-        check(not begun, f"{cfg.out_dir} holds a run that has saved nothing: delete it, or name "
+        saved = (folder / "ckpt.pt").exists()
+        check(not saved, f"{folder} holds a run: add --resume, or name another --out_dir")
+        begun = (folder / "config.json").exists()
+        check(not begun, f"{folder} holds a run that has saved nothing: delete it, or name "
               "another --out_dir")
-        return Path(cfg.out_dir)
+        return folder
     name = cfg.preset if PRESETS[cfg.preset]["pattern"] == pattern else pattern
     folder = Path("out", name)
     number = 2
@@ -471,25 +508,27 @@ def choose_out_dir(cfg, pattern):
 
 
 @contextmanager
-def alone(folder):
-    """Make a run's folder, and refuse a second process in it. A lock ends with its process."""
+def open_log(folder, step):
+    """Open log.jsonl of a run that goes on from a step. A second process in the run is refused.
+
+    The open file is locked. A lock ends with its process, however that ends, and leaves no file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    folder_fd = os.open(folder, os.O_RDONLY)
-    try:
+    with open(folder / "log.jsonl", "a+", newline="\n") as file:
         try:
-            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another process trains in {folder}: use another --out_dir") from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # Windows, or a file system without locks
             pass
-        yield
-    finally:
-        os.close(folder_fd)
+        # Later steps will be done again, so their lines go. A kill may have left half a line.
+        file.seek(0)
+        kept = [line for line in file
+                if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        file.truncate(sum(map(len, kept)))
+        yield file
 
 
 def git_revision():
@@ -523,32 +562,17 @@ def catch_signals():
 
 
 class Log:
-    """log.jsonl, and what the user sees: a bar on a terminal, elsewhere a line now and then."""
+    """What a run tells of its steps: in log.jsonl, and by a bar, or a line now and then."""
 
     def __init__(self, run):
         self.run = run
-        self.main = run.machine.rank == 0
-        self.path = run.folder / "log.jsonl"
-        self.shown = 0.0
         self.bar = tqdm(total=run.cfg.max_iters, initial=run.step, unit="step",
-                        disable=not self.main or None)  # None: unless on a terminal
-        if self.main:
-            # Steps after the checkpoint will be done again, so their lines go. A kill may also
-            # have left half a line.
-            self.path.touch()
-            kept = [line + "\n" for line in self.path.read_text().splitlines()
-                    if line.endswith("}") and json.loads(line)["step"] <= run.step]
-            prepare_data.write_atomically(self.path, "".join(kept))
+                        disable=run.machine.rank > 0 or None)  # None: unless on a terminal
+        self.shown = 0.0  # when there was a line last
 
     def write(self, **record):
-        if self.main:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def say(self, text):
-        if self.main:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        if self.run.log_file:
+            print(json.dumps(record), file=self.run.log_file, flush=True)
 
     def start_clock(self, step):
         self.began = time.perf_counter()
@@ -559,23 +583,25 @@ class Log:
         run = self.run
         cfg = run.cfg
         now = time.perf_counter()
-        seconds = (now - self.began) / max(1, step - self.first)  # of a step
-        text = f"loss {loss:.4f} | lr {lr:.1e}"
         rate = None
+        eta = ""
+        text = f"loss {loss:.4f} | lr {lr:.1e}"
+        if run.machine.cuda:
+            text += f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         if step > self.first:
+            seconds = (now - self.began) / (step - self.first)  # of a step
             rate = cfg.batch_size * run.T * cfg.gradient_accumulation_steps / seconds
             text += f" | {rate / 1e3:.0f}k tok/s"
             peak = PEAK_FLOPS.get(run.machine.name)
             if peak and cfg.dtype == "bfloat16" and not cfg.long_rows:
                 used = rate * run.model.flops_per_token(run.T) / run.machine.world
                 text += f" | mfu {used / peak:.0%}"
-        if run.machine.cuda:
-            text += f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            eta = f" | eta {(cfg.max_iters - step) * seconds / 60:.1f}m"
         self.write(step=step, loss=loss, lr=lr, tokens_per_second=rate)
         self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.shown > 5:
-            left = (cfg.max_iters - step) * seconds / 60
-            self.say(f"step {step:5d}/{cfg.max_iters} | {text} | eta {left:.1f}m")
+            run.machine.say(f"step {step:5d}/{cfg.max_iters} | {text}{eta}")
             self.shown = now
 
 
@@ -586,17 +612,16 @@ def settle(given):
     """Flags given -> (TrainConfig, ModelConfig): they beat the preset, which beats the scale."""
     preset = given.get("preset", TrainConfig.preset)
     flags = SCALES.get(given["scale"], {}) | PRESETS.get(preset, {}) | given
-    configs = []
-    for kind in (TrainConfig, ModelConfig):
-        names = flags.keys() & kind.__annotations__
-        configs.append(kind(**{name: flags[name] for name in names}))
-    return configs
+    ours = {name: flags.pop(name) for name in flags.keys() & TrainConfig.__annotations__}
+    unknown = flags.keys() - ModelConfig.__annotations__
+    check(not unknown, f"{', '.join(sorted(unknown))}: not a flag of train.py")
+    return TrainConfig(**ours), ModelConfig(**flags)
 
 
 def warn_idle(given, config):
     """Say on stderr which flags change nothing with these layers."""
     used = {"log_scale": "N", "attn_scale": "N", "window": "SWC", "rope_theta": "RSC",
-            "rope_theta_full": "R", "qk_norm": "RSC"}
+            "rope_theta_full": "R"}
     for name, letters in used.items():
         if given.get(name) and not set(letters) & set(config.layers):
             print(f"--{name} changes nothing: pattern {config.pattern} has no layer "
@@ -608,13 +633,14 @@ def open_dataset(cfg, T, machine):
     folder = Path(cfg.data_dir, cfg.dataset)
     if cfg.dataset == "python" and not folder.exists() and machine.rank == 0:
         prepare_data.prepare(prepare_data.DataConfig(data_dir=cfg.data_dir))
-    machine.wait()
+    machine.wait()  # for the text; and all have chosen a folder, before one of them makes it
     data = prepare_data.load_data(folder)
     check(len(data.val) > T, f"{folder} has {len(data.val)} validation tokens: too few for "
           f"--block_size={T}")
-    name = "long_rows" if cfg.long_rows else "block_size"
-    check(len(data.train) > (cfg.long_rows or T), f"{folder} has {len(data.train)} training "
-          f"tokens: too few for --{name}={cfg.long_rows or T}")
+    train_tokens = f"{folder} has {len(data.train)} training tokens"
+    check(len(data.train) > T, f"{train_tokens}: too few for --block_size={T}")
+    check(len(data.train) > cfg.long_rows,
+          f"{train_tokens}: too few for --long_rows={cfg.long_rows}")
     return data
 
 
@@ -630,35 +656,32 @@ class Run:
     T: int  # tokens of a row, except in long steps
     step: int = 0  # where it begins
     stage: int = 0  # how many runs came before, by --init_from
+    log_file: object = None  # log.jsonl, in the first process
 
 
-def as_flags(given):
-    """What a caller gives, with paths as text. UsageError for names that are no flags."""
-    unknown = set(given) - {*TrainConfig.__annotations__, *ModelConfig.__annotations__}
-    check(not unknown, f"{', '.join(sorted(unknown))}: not a flag of train.py")
-    return {name: str(x) if isinstance(x, Path) else x for name, x in given.items()}
+def inherit(given):
+    """Flags given -> (checkpoint to start from or None, flags with what its run hands down)."""
+    if given.get("resume"):
+        folder = str(given.get("out_dir") or newest_run())
+        other = [f"--{name}" for name in sorted(set(given) - RESUMABLE)]
+        check(not other, f"{', '.join(other)} cannot change with --resume: choose one, or start a "
+              f"second stage with --init_from={shlex.quote(folder)}")
+        before = load_checkpoint(folder)
+        flags = asdict(before["train_config"]) | asdict(before["model_config"]) | given
+        return before, flags | dict(out_dir=folder)
+    if given.get("init_from"):
+        before = load_checkpoint(given["init_from"])
+        kept = {name: getattr(before["train_config"], name) for name in INHERITED}
+        preset = kept["preset"]
+        check(given.get("preset", preset) == preset, f"--preset: {before['folder']} is {preset} "
+              "and stays so; single flags of the model may differ, such as --log_scale")
+        return before, kept | asdict(before["model_config"]) | given
+    return None, given
 
 
 def begin(given):
     """Flags -> a Run, new or resumed. Errors come before any file of the run is written."""
-    given = as_flags(given)
-    resume = given.get("resume", False)
-    source = given.get("init_from", "")
-    if resume:
-        check(not source, "--resume goes on with a run, --init_from starts another: choose one")
-        source = given.get("out_dir") or str(newest_run())
-        other = [f"--{name}" for name in sorted(set(given) - RESUMABLE)]
-        check(not other, f"{', '.join(other)} cannot change with --resume: leave it out, or start "
-              f"a second stage with --init_from={shlex.quote(source)}")
-    if source:
-        state = load_checkpoint(source)
-        kept = asdict(state["train_config"])
-        if not resume:
-            preset = kept["preset"]
-            check(given.get("preset", preset) == preset, f"--preset: {source} is {preset} and "
-                  "stays so; single flags of the model may differ, such as --log_scale")
-            kept = {name: kept[name] for name in INHERITED}
-        given = kept | asdict(state["model_config"]) | given
+    before, given = inherit(given)
     machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"), *torchrun_ranks())
     if given.get("scale", "auto") == "auto":
         given = given | dict(scale="gpu" if machine.cuda else "cpu")
@@ -666,30 +689,35 @@ def begin(given):
     T = model_cfg.block_size
     check_rows(cfg, T, machine.world)
     choose_path(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
+    folder = choose_out_dir(cfg, model_cfg.pattern)
     data = open_dataset(cfg, T, machine)
-    if source:
-        key = "train_sha256" if resume else "tokenizer"
-        check(data.meta[key] == state["meta"][key],
-              f"{data.folder} is not the text, or not the tokens, that {source} learnt from")
     size = data.meta["vocab_size"]
     if "vocab_size" not in given:  # a multiple of 64 keeps the matmuls of the head well aligned
         model_cfg = replace(model_cfg, vocab_size=math.ceil(size / 64) * 64)
     check(size <= model_cfg.vocab_size, f"{data.folder} has {size} token ids, the model only "
           f"{model_cfg.vocab_size}: drop --vocab_size")
-    folder = Path(source) if resume else choose_out_dir(cfg, model_cfg.pattern)
-    machine.wait()  # until all have chosen, before one of them makes the folder
     cfg = replace(cfg, out_dir=str(folder), dtype=str(machine.dtype).removeprefix("torch."))
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
     run = Run(machine, cfg, data, model, make_optimizers(model, cfg), folder, T)
-    if source:
-        load_weights(model, state, source)
-        run.stage = state["stage"] + (not resume)
-    if resume:
-        run.step = state["step"]
-        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    if before:
+        go_on(run, before)
     return run
+
+
+def go_on(run, before):
+    """Start from a checkpoint: from its weights, and in a resumed run from where it stood."""
+    key = "train_sha256" if run.cfg.resume else "tokenizer"
+    check(run.data.meta[key] == before["meta"][key], f"{run.data.folder} is not the text, or not "
+          f"the tokens, that {before['folder']} learnt from (by prepare_data.py "
+          f"--tokenizer={before['meta']['tokenizer']})")
+    load_weights(run.model, before)
+    run.stage = before["stage"] + 1
+    if run.cfg.resume:
+        run.stage = before["stage"]
+        run.step = before["step"]
+        for optimizer, saved in zip(run.optimizers, before["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def check_rows(cfg, T, world):
@@ -716,8 +744,8 @@ def announce(run):
     print(f"{run.folder}: preset {cfg.preset}, scale {cfg.scale}, {size / 1e6:.2f}M parameters, "
           f"{run.machine.world} x {run.machine.name} in {cfg.dtype}, {cfg.optimizer}")
     share = repeated_share(run.T, cfg.repeat_frac)
-    print(f"text    {run.data.folder}, {share:.0%} of a training row repeats earlier spans of it"
-          + (" (--repeat_frac=0: none)" if share else ""))
+    print(f"text    {run.data.folder}, {share:.0%} of a training row repeats earlier spans of it "
+          "(--repeat_frac=0: none)")
     print(f"layers  {layers}", flush=True)
 
 
@@ -729,17 +757,17 @@ def train(given):
     run = begin(given)
     began = time.time()
     main = run.machine.rank == 0
-    with alone(run.folder) if main else nullcontext(), catch_signals() as heard:
+    log_file = open_log(run.folder, run.step) if main else nullcontext()
+    with log_file as run.log_file, catch_signals() as heard:
         if main:
             warn_idle(given, run.model.config)
             announce(run)
         step, stopped = train_loop(run, heard)
-    folder = shlex.quote(str(run.folder))
+    folder = shlex.quote(run.cfg.out_dir)
     told = f"done in {time.time() - began:.0f} s: python sample.py {folder}"
     if stopped:
         told = f"stopped at step {step}: python train.py --resume --out_dir={folder} goes on"
-    if main:
-        print(told)
+    run.machine.say(told)
     if run.machine.world > 1:
         dist.destroy_process_group()
         # Gloo's threads may need the GIL to let go of the last tensors, and freeing the DDP model
@@ -779,10 +807,10 @@ def train_loop(run, heard):
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        log.bar.update()
-        if x.size(1) not in lengths:  # the first step of a length compiles: it is timed apart
-            lengths.add(x.size(1))
-            log.say(f"first step of {x.size(1)}-token rows took {machine.clock() - began:.1f} s")
+        length = x.size(1)
+        if length not in lengths:  # the first step of a length compiles: it is timed apart
+            lengths.add(length)
+            machine.say(f"first step of {length}-token rows took {machine.clock() - began:.1f} s")
             log.start_clock(step)
         # A signal that any process has heard stops all of them, at one step.
         stopped = int(machine.together(torch.tensor(heard[-1]), dist.ReduceOp.MAX))
@@ -804,9 +832,9 @@ def evaluate_and_save(run, step, log):
     bits = bits_per_byte(loss, run.data.meta)
     copy = bits_per_byte(again, run.data.meta)
     log.write(step=step, val_loss=loss, bits_per_byte=bits, copy=copy)
-    log.say(f"step {step:5d}/{run.cfg.max_iters} | val loss {loss:.4f} | {bits:.4f} bits per byte, "
-            f"{copy:.4f} in a passage seen again")
-    if log.main:
+    run.machine.say(f"step {step:5d}/{run.cfg.max_iters} | val loss {loss:.4f} | {bits:.4f} bits "
+                    f"per byte, {copy:.4f} in a passage seen again")
+    if run.machine.rank == 0:
         save_checkpoint(run, step)
 
 

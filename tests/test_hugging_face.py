@@ -251,6 +251,7 @@ def test_a_folder_that_is_not_there(monkeypatch):
 
 PUBLISHED = {
     "rnope-swa": "Cohere2Config",
+    "exaone4": "Exaone4Config",
     "gemma3": "Gemma3TextConfig",
     "olmo3": "Olmo3Config",
     "gpt-oss": "GptOssConfig",

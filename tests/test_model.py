@@ -398,10 +398,10 @@ def numpy_model(model, idx):
 
         h = numpy_norm(x, weight("input_layernorm"), c.norm_eps)
         q, k, v = (heads(h @ weight(f"self_attn.{y}_proj").T) for y in "qkv")
+        if c.qk_norm:
+            q = numpy_norm(q, weight("self_attn.q_norm"), c.norm_eps)
+            k = numpy_norm(k, weight("self_attn.k_norm"), c.norm_eps)
         if letter in "RSC":
-            if c.qk_norm:
-                q = numpy_norm(q, weight("self_attn.q_norm"), c.norm_eps)
-                k = numpy_norm(k, weight("self_attn.k_norm"), c.norm_eps)
             theta = c.rope_theta_full if letter == "R" and c.rope_theta_full else c.rope_theta
             q = numpy_rotate(q, position, theta)
             k = numpy_rotate(k, position, theta)
@@ -446,11 +446,14 @@ def with_larger_queries(model, factor):
 
 
 @pytest.mark.parametrize("letter", LAYERS)
-def test_qk_norm_is_for_rotated_layers_alone(letter):
+def test_qk_norm_takes_the_size_of_queries_away_on_every_layer(letter):
     flags = dict(pattern=letter, n_layer=1, qk_norm=True)
     before = logits(build(**flags), tokens(1, 20))
     after = logits(with_larger_queries(build(**flags), 3), tokens(1, 20))
-    assert torch.allclose(after, before, atol=1e-3) == (LAYERS[letter][0] == "rope")
+    assert torch.allclose(after, before, atol=1e-3)
+    flags["qk_norm"] = False
+    without = logits(with_larger_queries(build(**flags), 3), tokens(1, 20))
+    assert not torch.allclose(without, logits(build(**flags), tokens(1, 20)), atol=1e-3)
 
 
 def test_log_scale_sharpens_beyond_the_training_length_only():
@@ -503,6 +506,7 @@ PUBLISHED = {  # twelve layers, and what else is set
     "swa": ("SSSSSSSSSSSS", {}),
     "smollm3": ("RRRNRRRNRRRN", {}),
     "llama4": ("CCCNCCCNCCCN", dict(rope_theta=5e5, attn_scale=0.1)),
+    "exaone4": ("SSSNSSSNSSSN", dict(qk_norm=True)),
     "gemma3": ("SSSSSRSSSSSR", dict(rope_theta=1e4, rope_theta_full=1e6, qk_norm=True)),
     "olmo3": ("SSSRSSSRSSSR", dict(rope_theta=5e5, qk_norm=True)),
     "gpt-oss": ("SRSRSRSRSRSR", dict(rope_theta=1.5e5)),

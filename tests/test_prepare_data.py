@@ -104,7 +104,7 @@ def test_gpt2_without_its_vocabulary_names_the_ways_out(monkeypatch, error):
 
 
 def test_another_tokenizer_is_refused():
-    with pytest.raises(UsageError, match="byte or gpt2"):
+    with pytest.raises(UsageError, match="--tokenizer=bpe: choose byte or gpt2"):
         pd.encoding("bpe")
 
 

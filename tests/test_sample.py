@@ -455,16 +455,16 @@ def test_flags_of_the_model_change_what_is_measured(own_run, monkeypatch):
         assert found[flag][1] != pytest.approx(plain[1], rel=1e-5)
 
 
-def test_a_haystack_is_another_dataset(variant, data_dir, tmp_path):
+def test_a_text_may_be_another_dataset(variant, data_dir, tmp_path):
     for name in ("tiny", "other"):
         shutil.copytree(data_dir / "tiny", tmp_path / "data" / name)
     meta = tmp_path / "data" / "other" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(train_sha256="another's")))
     folder = variant("moved", train=dict(data_dir=str(tmp_path / "data")))
-    run = opened(folder, haystack="other")
+    run = opened(folder, text=("other",))
     assert run.rows(T)[0].tobytes() in run.data.train.tobytes()
     with pytest.raises(UsageError, match="was trained on it"):
-        opened(folder, haystack="tiny").rows(T)
+        opened(folder, text=("tiny",)).rows(T)
     foreign = variant("foreign", meta=dict(val_sha256="another text's"))
     with pytest.raises(UsageError, match="was trained on another"):
         opened(foreign).rows(T)
