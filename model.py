@@ -92,7 +92,7 @@ PATHS = ("auto", "mask", "blocks", "flash")
 
 @dataclass
 class ModelConfig:
-    vocab_size: int = flag(50304, "rows of the embedding", least=1)
+    vocab_size: int = flag(50304, "rows of the embedding; train.py: as the tokens", least=1)
     block_size: int = flag(1024, "training context, tokens; a model may be run beyond it", least=1)
     n_layer: int = flag(8, "blocks", least=1)
     n_head: int = flag(8, "query heads", least=1)
@@ -206,7 +206,8 @@ def attend_blocks(q, k, v, window, chunked):
     """Some queries at a time, against the few keys that they can see: linear in S."""
     start = k.size(2) - q.size(2)  # position of a block's first query
     done = []
-    for some in q.split(max(window, 128), 2):  # smaller blocks spend their time on launches
+    # Smaller blocks spend their time on launches, larger ones hold a large mask.
+    for some in q.split(max(128, min(window, 1024)), 2):
         stop = start + some.size(2)
         first = max(0, start - window + 1)  # position of the first key they see
         if chunked:
@@ -677,7 +678,11 @@ def refuse_unlike_ours(hf, written):
 
 OTHER_BLOCKS = {  # models of the same layout, and why they cannot be read all the same
     "exaone4": ", whose norms stand after attention and after SwiGLU",
+    "exaone_moe": ", which has experts",
+    "cohere2_moe": ", which has experts",
     "afmoe": ", which gates its attention and has experts",
+    "muse_glimmer": ", which gates its attention",
+    "kolibri1": ", which has experts",
     "smollm3": ", whose SwiGLU comes after attention, not beside it",
 }
 

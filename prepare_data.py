@@ -56,11 +56,18 @@ class PretrainedTokenizer:
             raise UsageError(f"{name} has no tokenizer that transformers reads: {why}") from None
         self.name = name
         # In most vocabularies, as in GPT-2's, a token is spelled with a character for each byte.
-        self.byte = {character: n for n, character in bytes_to_unicode().items()}
-        self.n_vocab = len(self.theirs)
+        self.byte = {}
+        backend = getattr(self.theirs, "backend_tokenizer", None)
+        if "ByteLevel" in str(getattr(backend, "decoder", "")):
+            self.byte = {character: n for n, character in bytes_to_unicode().items()}
+        ids = set(self.theirs.get_vocab().values())
+        # Of a folder without a tokenizer's files, transformers makes one of special tokens alone.
+        check(ids - set(self.theirs.all_special_ids), f"{name} has no tokenizer, or an empty one")
+        self.n_vocab = max(ids) + 1  # there may be ids without a token
         self.eot_token = self.theirs.eos_token_id
         check(self.eot_token is not None,
               f"the tokenizer of {name} names no end-of-document token: set its eos_token")
+        self.first = self.theirs.encode("")[:1]  # the token that its texts begin with, if any
 
     def encode_to_numpy(self, text, **options):
         ids = self.theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -73,7 +80,9 @@ class PretrainedTokenizer:
         token = self.theirs.convert_ids_to_tokens(i) or ""
         if set(token) <= self.byte.keys():
             return bytes(self.byte[character] for character in token)
-        return self.theirs.decode([i]).encode()
+        if re.fullmatch("<0x..>", token):  # so SentencePiece spells a byte, and a space as ▁
+            return bytes.fromhex(token[3:5])
+        return token.replace("▁", " ").encode()
 
 
 def pretrained_tokenizer(enc):
@@ -83,8 +92,7 @@ def pretrained_tokenizer(enc):
 
     if isinstance(enc, PretrainedTokenizer):
         return enc.theirs
-    converter = TikTokenConverter(enc._mergeable_ranks, enc._pat_str,
-                                  extra_special_tokens=enc._special_tokens)
+    converter = TikTokenConverter(enc._mergeable_ranks, enc._pat_str)
     converter.load_tiktoken_bpe = lambda ranks: ranks  # it expects a file of them
     return PreTrainedTokenizerFast(tokenizer_object=converter.converted(),
                                    eos_token=enc.decode([enc.eot_token]))
@@ -387,7 +395,7 @@ def prepare(cfg):
     check_ranges(cfg)
     dataset = [name if name in KNOWN else str(Path(name).resolve()) for name in cfg.dataset]
     tokenizer = cfg.tokenizer
-    if Path(tokenizer).is_dir():
+    if tokenizer not in ("byte", "gpt2") and Path(tokenizer).is_dir():
         tokenizer = str(Path(tokenizer).resolve())
     name = cfg.name or f"{Path(dataset[0]).stem}-{Path(tokenizer).name}".removesuffix("-byte")
     check(re.fullmatch(r"(?!downloads$)\w[\w. -]*", name),

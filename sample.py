@@ -30,8 +30,8 @@ put into a row stands at the same share of it, so farther back in a longer row. 
 others: a model of windows alone keeps its loss and retrieves nothing. The numbers are kept in the
 run's probe.json; a later call replaces it.
 
-Does NOT include: speed, memory and RULER's tasks (see results/), models that are no runs of
-train.py, chat, beam search.
+Does NOT include: speed, memory and RULER's tasks (see results/), models of transformers other than
+cohere2, chat, beam search.
 """
 
 import json
@@ -81,7 +81,9 @@ text_flag = partial(flag, group="text generation")
 
 @dataclass
 class SampleConfig:
-    runs: tuple[str, ...] = flag((), "folders of runs; none: the newest in out/", positional=True)
+    runs: tuple[str, ...] = flag(
+        (), "folders of runs, folders or hub ids of cohere2; none: the newest run", positional=True
+    )
     probe: str = flag("loss,copy,needle", "some of loss, copy, needle, heatmap, attention")
     max_multiple: int = flag(16, "longest context, in training contexts", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
@@ -128,7 +130,7 @@ class Run:
 
     def __init__(self, folder, cfg):
         self.folder = Path(folder)
-        self.out = self.folder if self.folder.is_dir() else Path("out", self.folder.name)
+        self.out = self.folder if self.folder.is_dir() else Path("out", folder)
         self.cfg = cfg
         changed = {name: x for name, x in vars(cfg).items() if name in OVERRIDES and x is not None}
         self.model, self.train, self.meta = load_run(folder, **changed)
@@ -138,8 +140,10 @@ class Run:
         old = self.machine.cuda and not self.machine.modern  # a card without bfloat16
         if cfg.dtype == "auto" and not old:
             self.machine = Machine(cfg.device, self.train.dtype)
+        # Weights in half precision other than that dtype become float32, as autocast expects them.
+        same = self.model.dtype == self.machine.dtype
         try:
-            self.model.to(self.machine.device)
+            self.model.to(self.machine.device, self.machine.dtype if same else torch.float32)
         except torch.OutOfMemoryError:
             raise UsageError(f"{folder} is too large for {self.machine.name}: add --device=cpu, or "
                              "use a larger card") from None
@@ -147,6 +151,7 @@ class Run:
         size = self.model.config.vocab_size
         check(self.enc.n_vocab <= size, f"the tokenizer of {folder} has {self.enc.n_vocab} tokens, "
               f"its embedding {size}: remove the tokens that were added")
+        self.begin = getattr(self.enc, "first", [])  # the token that its rows begin with, if any
         self.T = self.model.config.block_size
         self.found = defaultdict(dict)  # probe: {length: {name: number}}
         multiples = {min(cfg.factor**k, cfg.max_multiple) for k in range(64)}
@@ -159,7 +164,7 @@ class Run:
         trained = "val_sha256" in self.meta  # on a dataset
         check(names or trained, f"{self.folder} is no run of train.py: name a text with --text")
         folder = Path(self.train.data_dir, names[0] if names else self.train.dataset)
-        if names and not Path(folder, "meta.json").exists():
+        if names and (len(names) > 1 or not Path(folder, "train.bin").exists()):
             return prepare_data.encode_files(names, self.enc, self.train.data_dir)
         data = prepare_data.load_data(folder)
         alike = {key for key, value in self.meta.items() if data.meta.get(key) == value}
@@ -189,6 +194,8 @@ class Run:
     @torch.no_grad()
     def predict(self, rows, n):
         """Yield logits (B, m, vocabulary) and targets (B, m), which cover the last n tokens."""
+        rows = np.array(rows)
+        rows[:, : len(self.begin)] = self.begin
         n_vocab = self.enc.n_vocab
         size = min(TOKENS_AT_ONCE // rows.shape[1], LOGITS_AT_ONCE // (n * n_vocab))
         m = LOGITS_AT_ONCE // n_vocab  # of a single row whose logits are too many
@@ -294,12 +301,12 @@ def probe_needle(run, length, depth=None):
     for row, n, _ in plant_all(run, length, depth):
         [(logits, targets)] = run.predict(row[None], n)
         right += logits.argmax(-1).equal(targets)
-    return dict(accuracy=right / run.cfg.samples)
+    return dict(answered=right / run.cfg.samples)
 
 
 def probe_heatmap(run, length):
     depths = range(0, 101, 10)
-    return {f"{depth}%": probe_needle(run, length, depth / 100)["accuracy"] for depth in depths}
+    return {f"{depth}%": probe_needle(run, length, depth / 100)["answered"] for depth in depths}
 
 
 def watch_attention(run, row, n, see):
@@ -314,7 +321,8 @@ def watch_attention(run, row, n, see):
         k = k[0].float().repeat_interleave(len(q) // k.size(1), 0)
         j = torch.arange(k.size(1), device=k.device)
         seen = visible(j[-n:, None], j, layer.window, layer.chunked)
-        scores = q @ k.mT / math.sqrt(layer.head_dim)
+        with torch.autocast(k.device.type, enabled=False):  # or the scores are rounded again
+            scores = q @ k.mT / math.sqrt(layer.head_dim)
         see(letters[layer], scores.masked_fill(~seen, -math.inf).softmax(-1))
 
     layers = [block.self_attn for block in run.model.layers]
@@ -375,9 +383,12 @@ def open_runs(cfg):
 
 
 def check_lengths(runs, cfg):
-    """UsageError where a run's text is too short for the longest context."""
+    """UsageError where a run's text is too short for the longest context, or a row for a score."""
+    for run in runs:
+        check(run.T >= 4, f"--block_size={run.T}: a quarter of it is scored, so use 4 or more")
     most = min((len(run.text) - 1) // run.T for run in runs)
-    check(most, "the text is shorter than a row: name a longer one with --text")
+    check(most, "the text is shorter than a row: name a longer one with --text, or use a smaller "
+          "--block_size")
     check(cfg.max_multiple <= most, f"the text is too short: use --max_multiple={most} or less")
 
 
@@ -472,7 +483,7 @@ def table(probe, lines):
 PANELS = (  # probe, the numbers that are drawn, title
     ("loss", ["bits_per_byte"], "Does a longer context still help?"),
     ("copy", ["again", "first"], "Text seen before costs less than text seen first (dashed)"),
-    ("needle", ["accuracy"], "Does it find a fact that it was told once?"),
+    ("needle", ["answered"], "Does it find a fact that it was told once?"),
     ("attention", ["needle"], "How much the answer looks at the fact"),
     ("attention", ["curve"], "Where in the longest context the answer looks"),
 )
@@ -493,7 +504,7 @@ def draw_lines(axis, panel, lines):
         axis.plot(x, y.mean(0), "--" if name == "first" else "o-", color=f"C{n}", clip_on=False)
         axis.fill_between(x, y.min(0), y.max(0), color=f"C{n}", alpha=0.2)
         if name != "first":
-            ends.append((y[:, -1].mean(), f"{label} {kind}", f"C{n}"))
+            ends.append((y[:, -1].mean(), x[-1], f"  {label} {kind}", f"C{n}"))
     top = 1 if probe == "needle" else None
     axis.set(title=title, xlabel="place in the context, %", ylabel=CAPTIONS[probe], ylim=(0, top))
     axis.spines[["top", "right"]].set_visible(False)
@@ -503,9 +514,9 @@ def draw_lines(axis, panel, lines):
         axis.tick_params("x", rotation=30)
         axis.set_xlabel("context, tokens (dotted: in training)")
     highest = 1  # names that would run into each other are moved down
-    for y, name, color in sorted(ends, reverse=True):
+    for y, x, name, color in sorted(ends, reverse=True):
         height = min(highest, y / axis.get_ylim()[1])
-        axis.text(1.02, height, name, color=color, transform=axis.transAxes, va="center")
+        axis.text(x, height, name, color=color, transform=axis.get_xaxis_transform())
         highest = height - 0.06
 
 
@@ -544,8 +555,8 @@ def read_prompt(prompt):
 
 
 def encode_prompt(run, prompt):
-    ids = prepare_data.encode(run.enc, prompt)
-    return np.array(ids if len(ids) else [run.enc.eot_token])
+    ids = [*run.begin, *prepare_data.encode(run.enc, prompt)]
+    return np.array(ids or [run.enc.eot_token])
 
 
 def write_text(run, prompt):
@@ -568,19 +579,21 @@ def write_text(run, prompt):
 
 
 def show_attention(run, prompt):
-    """Print where a prompt's last token looks most, in the last layer of each kind.
+    """Print where a prompt's last token looks most: of each kind of layer, the one surest of it.
 
-    Means over heads. prompt None: a row with facts in it and a question at its end.
+    Means over heads. prompt None: a row with facts in it, a question and its answer's first token.
     """
     if prompt is None:
         check_lengths([run], run.cfg)
         row, n, _ = plant(run, run.rows(run.lengths[-1])[0], 0, depth=0.5)
-        ids = row[:-n]
+        ids = row[: len(row) - n + 1]
     else:
         ids = encode_prompt(run, prompt)
 
     def see(letter, weights):
-        found[letter] = weights.mean((0, 1))
+        shares = weights.mean((0, 1))
+        if letter not in found or shares.max() > found[letter].max():
+            found[letter] = shares
 
     def words(start, stop):
         text = run.enc.decode(ids[max(0, start) : stop].tolist())
@@ -596,7 +609,8 @@ def show_attention(run, prompt):
     for letter, weights in found.items():
         position, span = LAYERS[letter]
         print(f"\n{letter} layer ({position}, {span})")
-        for share, place in zip(*weights.topk(min(10, len(ids))), strict=True):
+        seen = int((weights > 0).sum())
+        for share, place in zip(*weights.topk(min(10, seen)), strict=True):
             around = f"{words(place - 30, place)}[{words(place, place + 1)}]"
             after = words(place + 1, place + 12)
             print(f"{share:6.1%}  {last - place:9,} tokens back  …{around}{after}…")
@@ -605,6 +619,12 @@ def show_attention(run, prompt):
 def export(run):
     """Write a folder that transformers reads, with the tokenizer."""
     check(len(run.cfg.runs) < 2, "--export writes one run: name one")
+    check(not run.model.config.log_scale, "cohere2 has no log_scale: add --no-log_scale")
+    check(not Path(run.cfg.export, "ckpt.pt").exists(),
+          f"--export={run.cfg.export}: it holds a run, whose config.json would be lost")
+    # Rows that pad the embedding stand for no token: transformers would generate them.
+    run.model.config.vocab_size = run.enc.n_vocab
+    run.model.embed_tokens.weight.data = run.model.embed_tokens.weight[: run.enc.n_vocab].detach()
     run.model.save_pretrained(run.cfg.export, prepare_data.pretrained_tokenizer(run.enc))
     print(f"{run.cfg.export} is what AutoModelForCausalLM and AutoTokenizer read")
 

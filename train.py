@@ -431,8 +431,9 @@ def is_pretrained(name):
     """Is name a folder of a model of transformers, or what can only be an id on its hub?"""
     config = Path(name, "config.json")
     if config.is_file():
-        return "model_type" in config.read_text()
-    return "/" in str(name) and not Path(name).parent.exists()
+        return "model_type" in config.read_text(errors="replace")
+    hub = re.fullmatch(r"(?!out/)[\w.-]+/[\w.-]+", str(name))
+    return bool(hub) and not Path(name).parent.exists()
 
 
 def load_pretrained(folder):
@@ -667,6 +668,7 @@ def inherit(given):
         check(not other, f"{', '.join(other)} cannot change with --resume: choose one, or start a "
               f"second stage with --init_from={shlex.quote(folder)}")
         before = load_checkpoint(folder)
+        check("optimizers" in before, f"{folder} is no run of train.py: use --init_from={folder}")
         flags = asdict(before["train_config"]) | asdict(before["model_config"]) | given
         return before, flags | dict(out_dir=folder)
     if given.get("init_from"):
@@ -695,7 +697,7 @@ def begin(given):
     if "vocab_size" not in given:  # a multiple of 64 keeps the matmuls of the head well aligned
         model_cfg = replace(model_cfg, vocab_size=math.ceil(size / 64) * 64)
     check(size <= model_cfg.vocab_size, f"{data.folder} has {size} token ids, the model only "
-          f"{model_cfg.vocab_size}: drop --vocab_size")
+          f"{model_cfg.vocab_size}: drop --vocab_size, or prepare the text with its tokenizer")
     cfg = replace(cfg, out_dir=str(folder), dtype=str(machine.dtype).removeprefix("torch."))
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
@@ -724,8 +726,8 @@ def check_rows(cfg, T, world):
     """UsageError for rows and micro-batches that cannot be shared out."""
     tokens = cfg.batch_size * T
     fits = cfg.long_rows % T == 0 and tokens % (cfg.long_rows or T) == 0
-    check(fits, f"--long_rows={cfg.long_rows}: it must be a multiple of the {T} tokens of a short "
-          f"row, and divide the {tokens} of a micro-batch")
+    check(fits, f"--long_rows={cfg.long_rows}: it must be the {T} tokens of a short row times a "
+          f"divisor of --batch_size={cfg.batch_size}")
     micro = cfg.gradient_accumulation_steps
     check(micro % world == 0, f"--gradient_accumulation_steps={micro}: it must be a multiple of "
           f"{world}, the number of processes")
@@ -832,8 +834,8 @@ def evaluate_and_save(run, step, log):
     bits = bits_per_byte(loss, run.data.meta)
     copy = bits_per_byte(again, run.data.meta)
     log.write(step=step, val_loss=loss, bits_per_byte=bits, copy=copy)
-    run.machine.say(f"step {step:5d}/{run.cfg.max_iters} | val loss {loss:.4f} | {bits:.4f} bits "
-                    f"per byte, {copy:.4f} in a passage seen again")
+    run.machine.say(f"step {step:5d}/{run.cfg.max_iters} | val loss {loss:.4f} nats | {bits:.4f} "
+                    f"bits per byte, {copy:.4f} in a passage seen again")
     if run.machine.rank == 0:
         save_checkpoint(run, step)
 

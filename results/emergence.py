@@ -1,7 +1,7 @@
 """When retrieval emerges: a passage seen again, by training step, one line a window.
 
     for W in 32 64 128 256 512; do for S in 1 2 3; do
-        python train.py --window=$W --seed=$S --max_iters=600 --eval_interval=25 --eval_iters=4 \\
+        python train.py --window=$W --seed=$S --max_iters=400 --eval_interval=25 --eval_iters=4 \\
             --out_dir=out/window-$W-$S
     done; done
     python results/emergence.py out/window-*
