@@ -445,7 +445,7 @@ class Data(NamedTuple):
 def load_data(folder):
     """Open a prepared dataset. Sizes are checked against meta.json; hashes are not (slow)."""
     folder = Path(folder)
-    how = "make it with prepare_data.py"
+    how = f"run prepare_data.py --dataset PATH --name={folder.name} first"
     if folder.name in KNOWN:
         flags = [f"--dataset={folder.name}", f"--data_dir={folder.parent}"]
         how = f"run prepare_data.py {shlex.join(flags)} first"

@@ -5,7 +5,7 @@
                                               # seed become one line, mean ± standard deviation
     python sample.py --max_multiple=256 --log_scale --heatmap
     python sample.py --prompt="def main("     # also --prompt=FILE:path, or - for stdin
-    python sample.py --show_attention         # where a question's last token looks, layer by layer
+    python sample.py --show_attention         # where a token looks, in a layer of each kind
     python sample.py --export=FOLDER          # what transformers reads, if the layers are S and N
     python sample.py FOLDER --text=book.txt   # a cohere2 model of transformers, on any text
 
@@ -613,15 +613,14 @@ def show_attention(run, prompt):
         for share, place in zip(*weights.topk(min(10, seen)), strict=True):
             around = f"{words(place - 30, place)}[{words(place, place + 1)}]"
             after = words(place + 1, place + 12)
-            print(f"{share:6.1%}  {last - place:9,} tokens back  …{around}{after}…")
+            print(f"{share:7.2%}  {last - place:9,} tokens back  …{around}{after}…")
 
 
 def export(run):
     """Write a folder that transformers reads, with the tokenizer."""
     check(len(run.cfg.runs) < 2, "--export writes one run: name one")
     check(not run.model.config.log_scale, "cohere2 has no log_scale: add --no-log_scale")
-    check(not Path(run.cfg.export, "ckpt.pt").exists(),
-          f"--export={run.cfg.export}: it holds a run, whose config.json would be lost")
+    check(not Path(run.cfg.export).exists(), f"--export={run.cfg.export} exists: name a new folder")
     # Rows that pad the embedding stand for no token: transformers would generate them.
     run.model.config.vocab_size = run.enc.n_vocab
     run.model.embed_tokens.weight.data = run.model.embed_tokens.weight[: run.enc.n_vocab].detach()

@@ -455,7 +455,7 @@ def load_checkpoint(folder):
     if not path.exists() and is_pretrained(folder):
         return load_pretrained(folder)
     check(path.is_file(), f"{path} is missing: {folder} holds no run, or none that was saved yet. "
-          "Name the folder of a run, such as out/rnope-swa, or start anew in another one")
+          "Name the folder of a run, such as out/rnope-swa, or of a cohere2 model of transformers")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = ModelConfig(**state["model_config"])
@@ -724,10 +724,10 @@ def go_on(run, before):
 
 def check_rows(cfg, T, world):
     """UsageError for rows and micro-batches that cannot be shared out."""
-    tokens = cfg.batch_size * T
-    fits = cfg.long_rows % T == 0 and tokens % (cfg.long_rows or T) == 0
-    check(fits, f"--long_rows={cfg.long_rows}: it must be the {T} tokens of a short row times a "
-          f"divisor of --batch_size={cfg.batch_size}")
+    size = cfg.batch_size
+    fitting = [T * rows for rows in range(1, size + 1) if size % rows == 0]
+    check(cfg.long_rows in (0, *fitting), f"--long_rows={cfg.long_rows}: rows of {T} tokens by "
+          f"--batch_size={size} can be joined to {', '.join(map(str, fitting[1:12]))}")
     micro = cfg.gradient_accumulation_steps
     check(micro % world == 0, f"--gradient_accumulation_steps={micro}: it must be a multiple of "
           f"{world}, the number of processes")

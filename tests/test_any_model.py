@@ -521,7 +521,7 @@ def test_show_attention_points_at_the_token_that_is_looked_at(looking, capsys):
     assert where == "tokens back  …one [X] two⏎three …"
     assert len(layers["N"]) == 10
     assert len(layers["S"]) == 4  # it sees no more
-    assert [line.split()[0] for line in layers["S"]] == ["25.0%"] * 4
+    assert [line.split()[0] for line in layers["S"]] == ["25.00%"] * 4
     assert sorted(int(line.split()[1]) for line in layers["S"]) == [0, 1, 2, 3]
 
 
@@ -625,7 +625,7 @@ def test_a_text_or_a_context_that_is_too_short_is_told(theirs, tmp_path, text):
 def test_an_export_that_would_lose_something_is_refused(tiny_run, theirs, tmp_path):
     before = (tiny_run / "config.json").read_bytes()
     line = refusal(sample.main, [str(theirs), f"--export={tiny_run}", "--device=cpu"])
-    assert "holds a run" in line
+    assert "exists: name a new folder" in line
     assert (tiny_run / "config.json").read_bytes() == before
     line = refusal(
         sample.main, [str(theirs), str(tiny_run), f"--export={tmp_path}/x", "--device=cpu"]
