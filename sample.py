@@ -583,10 +583,12 @@ def show_attention(run, prompt):
 
     Means over heads. prompt None: a row with facts in it, a question and its answer's first token.
     """
+    truth = ""
     if prompt is None:
         check_lengths([run], run.cfg)
         row, n, _ = plant(run, run.rows(run.lengths[-1])[0], 0, depth=0.5)
         ids = row[: len(row) - n + 1]
+        truth = f" (right: {run.enc.decode(row[len(ids) :].tolist())!r})"
     else:
         ids = encode_prompt(run, prompt)
 
@@ -605,7 +607,8 @@ def show_attention(run, prompt):
     [(logits, _)] = run.predict(row[None], 1)
     last = len(ids) - 1
     told = run.enc.decode([logits.argmax().item()])
-    print(f"after …{words(last - 60, last + 1)} the model expects {told!r}; shares of attention:")
+    print(f"after …{words(last - 60, last + 1)} the model expects {told!r}{truth}")
+    print("shares of attention:")
     for letter, weights in found.items():
         position, span = LAYERS[letter]
         print(f"\n{letter} layer ({position}, {span})")
