@@ -44,7 +44,10 @@ def check(ok, message):
 
 
 def flag(default, help, **rules):
-    """A dataclass field that is also a command-line flag. rules: choices, least, most, group."""
+    """A dataclass field that is also a command-line flag.
+
+    rules: choices; least, of a number (0 if not given), and most; group, for --help.
+    """
     return field(default=default, metadata=dict(help=help, **rules))
 
 
@@ -56,9 +59,10 @@ def check_ranges(config):
         given = f"--{f.name}={value}"
         if "choices" in rules:
             check(value in rules["choices"], f"{given}: choose from {', '.join(rules['choices'])}")
-        if "least" in rules and value is not None:
+        if type(value) in (int, float):
+            least = rules.get("least", 0)
             most = rules.get("most", sys.float_info.max)  # less than infinity
-            check(value >= rules["least"], f"{given}: it must be {rules['least']} or more")
+            check(value >= least, f"{given}: it must be {least} or more")
             check(value <= most, f"{given}: it must be {most} or less")
 
 
@@ -96,16 +100,16 @@ class ModelConfig:
     block_size: int = flag(1024, "training context, tokens; a model may be run beyond it", least=1)
     n_layer: int = flag(8, "blocks", least=1)
     n_head: int = flag(8, "query heads", least=1)
-    n_kv_head: int = flag(0, "key/value heads (GQA); 0: as many as n_head", least=0)
+    n_kv_head: int = flag(0, "key/value heads (GQA); 0: as many as n_head")
     n_embd: int = flag(512, "width of the residual stream", least=1)
-    ffn_dim: int = flag(0, "hidden width of the SwiGLU; 0: 8/3 n_embd, in steps of 64", least=0)
+    ffn_dim: int = flag(0, "hidden width of the SwiGLU; 0: 8/3 n_embd, in steps of 64")
     pattern: str = flag("SSSN", "kinds of layer, tiled over the depth: " + ", ".join(LAYERS))
     window: int = flag(128, "keys an S or W layer sees, itself included; C: its chunk", least=1)
     rope_theta: float = flag(1e4, "base of the rotary frequencies", least=1)
-    rope_theta_full: float = flag(0.0, "base on R layers; 0: rope_theta", least=0)
+    rope_theta_full: float = flag(0.0, "base on R layers; 0: rope_theta")
     qk_norm: bool = flag(False, "normalise q and k per head, on every layer")
     log_scale: bool = flag(False, "N layers: q *= max(1, ln(pos + 1) / ln(block_size))")
-    attn_scale: float = flag(0.0, "N: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)", least=0)
+    attn_scale: float = flag(0.0, "N: q *= 1 + attn_scale ln(1 + (pos + 1) // block_size)")
     logit_scale: float = flag(1.0, "factor on the logits", least=1e-6)
     norm_eps: float = flag(1e-5, "epsilon of the LayerNorms", least=1e-12)
     attention: str = flag("auto", "path of attention; auto: what the device has", choices=PATHS)

@@ -102,12 +102,12 @@ class SampleConfig:
     attention: str | None = instead()
     prompt: str | None = text_flag(None, "text to continue; FILE:path reads a file, - stdin")
     max_new_tokens: int = text_flag(500, "tokens to generate", least=1)
-    temperature: float = text_flag(0.8, "0: always the likeliest token", least=0)
+    temperature: float = text_flag(0.8, "0: always the likeliest token")
     top_k: int | None = text_flag(None, "sample among the k likeliest tokens", least=1)
     top_p: float | None = text_flag(
-        None, "sample among the fewest tokens of this probability", least=0, most=1
+        None, "sample among the fewest tokens of this probability", most=1
     )
-    seed: int = flag(1337, "seed of sampling and of what is put into rows", least=0, most=2**32 - 1)
+    seed: int = flag(1337, "seed of sampling and of what is put into rows", most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "auto: the run's own", choices=DTYPES)
 

@@ -55,7 +55,7 @@ class RulerConfig:
     samples: int = flag(32, "rows of each task and length", least=1)
     needles: int = flag(4, "facts in a row of the multi tasks", least=1)
     digits: int = flag(7, "of a value", least=1)
-    seed: int = flag(1337, "of the facts and their places", least=0, most=2**32 - 1)
+    seed: int = flag(1337, "of the facts and their places", most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "auto: the run's own", choices=DTYPES)
     out: str = flag("", "file for the numbers, as JSON; empty: none")

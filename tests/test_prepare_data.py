@@ -509,7 +509,7 @@ def test_a_spoiled_dataset_is_refused_in_a_line(tmp_path, spoil):
 
 
 def test_a_missing_dataset_is_refused_with_its_command(tmp_path):
-    with pytest.raises(UsageError, match="no dataset folder .*run prepare_data.py --dataset PATH --name=mine first"):
+    with pytest.raises(UsageError, match="no dataset folder .* --dataset PATH --name=mine first"):
         load_data(tmp_path / "mine")
     with pytest.raises(UsageError, match=f"--dataset=pg19 --data_dir={tmp_path} first"):
         load_data(tmp_path / "pg19")
