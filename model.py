@@ -674,7 +674,7 @@ def refuse_unlike_ours(hf, written):
     ]
     for name, said, ours in told:
         check(said == ours, f"it has {name} {said}: only {ours} can be read")
-    rope = written.get("rope_parameters") or written  # older files say rope_theta at the top
+    rope = written | (written.get("rope_parameters") or {})  # older files say it at the top
     check(rope.get("rope_theta"), "its config.json does not say rope_theta")
     kinds = set(hf.layer_types) - set(COHERE2_LAYERS)
     check(not kinds, f"it has layers of {kinds}: only sliding and full ones can be read")
@@ -761,9 +761,12 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """Logits (B, V) -> token ids (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if not top_k and top_p is None:  # to rank a large vocabulary takes longer than to draw from it
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
     size = logits.size(-1)
     ranked, ids = logits.topk(min(top_k or size, size))  # the likeliest first
-    probs = (ranked / temperature).softmax(-1)
+    probs = ranked.softmax(-1)
     if top_p is not None:
         # A token stays while those likelier than it hold less than top_p. The likeliest stays.
         drop = probs.cumsum(-1) - probs >= top_p

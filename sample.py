@@ -163,8 +163,12 @@ class Run:
         names = self.cfg.text
         trained = "val_sha256" in self.meta  # on a dataset
         check(names or trained, f"{self.folder} is no run of train.py: name a text with --text")
-        folder = Path(self.train.data_dir, names[0] if names else self.train.dataset)
-        if names and (len(names) > 1 or not Path(folder, "train.bin").exists()):
+        name = names[0] if names else self.train.dataset
+        folder = Path(self.train.data_dir, name)
+        if not folder.exists() and Path(name, "train.bin").exists():
+            folder = Path(name)
+        prepared = (folder / "train.bin").exists() or name in prepare_data.KNOWN
+        if len(names) > 1 or (names and not prepared):
             return prepare_data.encode_files(names, self.enc, self.train.data_dir)
         data = prepare_data.load_data(folder)
         alike = {key for key, value in self.meta.items() if data.meta.get(key) == value}

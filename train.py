@@ -97,7 +97,8 @@ class TrainConfig:
     compile: bool = flag(True, "torch.compile, on GPUs from Ampere on")
 
     def __post_init__(self):
-        self.data_dir = str(self.data_dir)  # Python code may give a Path
+        self.dataset = str(self.dataset)  # Python code may give a Path
+        self.data_dir = str(self.data_dir)
         self.init_from = str(self.init_from)
         check_ranges(self)
         check(self.min_lr <= self.learning_rate,
@@ -404,10 +405,14 @@ def learning_rate(step, cfg):
 # ---- Runs: what is kept of them -----------------------------------------------------------------
 
 
+VERSION = 2  # of what a step computes: runs of another one are not resumed
+
+
 def save_checkpoint(run, step):
     """Write another file, then rename it to ckpt.pt: there is never half a checkpoint."""
-    state = dict(step=step, stage=run.stage, meta=run.data.meta, model=run.model.state_dict(),
-                 model_config=asdict(run.model.config), train_config=asdict(run.cfg),
+    state = dict(version=VERSION, step=step, stage=run.stage, meta=run.data.meta,
+                 model=run.model.state_dict(), model_config=asdict(run.model.config),
+                 train_config=asdict(run.cfg),
                  optimizers=[optimizer.state_dict() for optimizer in run.optimizers])
     beside = run.folder / "ckpt.pt.tmp"
     try:
@@ -438,6 +443,8 @@ def is_pretrained(name):
 
 def load_pretrained(folder):
     """A cohere2 model of transformers with its tokenizer, as load_checkpoint gives a run."""
+    if not Path(folder).exists():
+        print(f"there is no folder {folder} here: asking the hub for it", file=sys.stderr)
     model = GPT.from_pretrained(folder)
     dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     cfg = TrainConfig(dtype=dtype)
@@ -446,21 +453,28 @@ def load_pretrained(folder):
                 model=model.state_dict(), model_config=model.config, train_config=cfg)
 
 
+def load_model(folder):
+    """The checkpoint of a run or, if folder is none, a cohere2 model of transformers."""
+    if not Path(folder, "ckpt.pt").exists() and is_pretrained(folder):
+        return load_pretrained(folder)
+    return load_checkpoint(folder)
+
+
 def load_checkpoint(folder):
     """What save_checkpoint wrote, on the CPU, with its configs made, and the folder it is from.
 
-    Nothing in it is executed. folder may also hold a model of transformers.
+    Nothing in it is executed.
     """
     path = Path(folder, "ckpt.pt")
-    if not path.exists() and is_pretrained(folder):
-        return load_pretrained(folder)
     check(path.is_file(), f"{path} is missing: {folder} holds no run, or none that was saved yet. "
           "Name the folder of a run, such as out/rnope-swa, or of a cohere2 model of transformers")
     try:
+        written = path.stat().st_mtime_ns
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = ModelConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
         state["folder"] = folder
+        state["written"] = written
     except Exception as error:  # torch.load raises many kinds; each means the same to the user
         raise UsageError(f"{path} is not a checkpoint of this version of train.py, or is damaged "
                          f"({str(error)[:100]})") from None
@@ -474,12 +488,12 @@ def load_weights(model, state, assign=False):
     except RuntimeError:
         raise UsageError(f"the weights of {state['folder']} do not fit: only flags that change no "
                          "shape may differ, e.g. --block_size, --window, --rope_theta, "
-                         "--log_scale") from None
+                         "--log_scale; or they are of an older version") from None
 
 
 def load_run(folder, device="cpu", **override):
     """A trained run: (GPT, TrainConfig, meta, with the run's step). override: of ModelConfig."""
-    state = load_checkpoint(folder)
+    state = load_model(folder)
     with torch.device("meta"):  # no weights yet: they are about to be assigned
         model = GPT(replace(state["model_config"], **override))
     load_weights(model, state, assign=True)
@@ -515,20 +529,24 @@ def open_log(folder, step):
     The open file is locked. A lock ends with its process, however that ends, and leaves no file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.jsonl", "a+", newline="\n") as file:
+    with open(folder / "log.jsonl", "a+b") as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process trains in {folder}: use another --out_dir") from None
+            raise UsageError(f"another process trains in {folder}, or did a moment ago: use "
+                             "another --out_dir") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         # Later steps will be done again, so their lines go. A kill may have left half a line.
         file.seek(0)
-        kept = [line for line in file
-                if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        file.truncate(sum(map(len, kept)))
+        size = 0
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            size += len(line)
+        file.truncate(size)
         yield file
 
 
@@ -573,7 +591,8 @@ class Log:
 
     def write(self, **record):
         if self.run.log_file:
-            print(json.dumps(record), file=self.run.log_file, flush=True)
+            self.run.log_file.write(json.dumps(record).encode() + b"\n")
+            self.run.log_file.flush()
 
     def start_clock(self, step):
         self.began = time.perf_counter()
@@ -634,7 +653,7 @@ def open_dataset(cfg, T, machine):
     folder = Path(cfg.data_dir, cfg.dataset)
     if cfg.dataset == "python" and not folder.exists() and machine.rank == 0:
         prepare_data.prepare(prepare_data.DataConfig(data_dir=cfg.data_dir))
-    machine.wait()  # for the text; and all have chosen a folder, before one of them makes it
+    machine.wait()
     data = prepare_data.load_data(folder)
     check(len(data.val) > T, f"{folder} has {len(data.val)} validation tokens: too few for "
           f"--block_size={T}")
@@ -657,6 +676,7 @@ class Run:
     T: int  # tokens of a row, except in long steps
     step: int = 0  # where it begins
     stage: int = 0  # how many runs came before, by --init_from
+    written: int | None = None  # when its ckpt.pt was, by the clock of the file system
     log_file: object = None  # log.jsonl, in the first process
 
 
@@ -668,11 +688,13 @@ def inherit(given):
         check(not other, f"{', '.join(other)} cannot change with --resume: choose one, or start a "
               f"second stage with --init_from={shlex.quote(folder)}")
         before = load_checkpoint(folder)
-        check("optimizers" in before, f"{folder} is no run of train.py: use --init_from={folder}")
+        check(before.get("version") == VERSION, f"{folder} was begun by another version of "
+              "train.py, whose steps differ: resume it there, or use "
+              f"--init_from={shlex.quote(folder)}")
         flags = asdict(before["train_config"]) | asdict(before["model_config"]) | given
         return before, flags | dict(out_dir=folder)
     if given.get("init_from"):
-        before = load_checkpoint(given["init_from"])
+        before = load_model(given["init_from"])
         kept = {name: getattr(before["train_config"], name) for name in INHERITED}
         preset = kept["preset"]
         check(given.get("preset", preset) == preset, f"--preset: {before['folder']} is {preset} "
@@ -691,8 +713,9 @@ def begin(given):
     T = model_cfg.block_size
     check_rows(cfg, T, machine.world)
     choose_path(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
-    folder = choose_out_dir(cfg, model_cfg.pattern)
     data = open_dataset(cfg, T, machine)
+    folder = choose_out_dir(cfg, model_cfg.pattern)
+    machine.wait()  # until all have chosen, before one of them makes the folder
     size = data.meta["vocab_size"]
     if "vocab_size" not in given:  # a multiple of 64 keeps the matmuls of the head well aligned
         model_cfg = replace(model_cfg, vocab_size=math.ceil(size / 64) * 64)
@@ -718,6 +741,7 @@ def go_on(run, before):
     if run.cfg.resume:
         run.stage = before["stage"]
         run.step = before["step"]
+        run.written = before["written"]
         for optimizer, saved in zip(run.optimizers, before["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -726,11 +750,19 @@ def check_rows(cfg, T, world):
     """UsageError for rows and micro-batches that cannot be shared out."""
     size = cfg.batch_size
     fitting = [T * rows for rows in range(1, size + 1) if size % rows == 0]
+    longer = ", ".join(map(str, fitting[1:12])) or "no longer ones: raise --batch_size"
     check(cfg.long_rows in (0, *fitting), f"--long_rows={cfg.long_rows}: rows of {T} tokens by "
-          f"--batch_size={size} can be joined to {', '.join(map(str, fitting[1:12]))}")
+          f"--batch_size={size} can be joined to {longer}")
     micro = cfg.gradient_accumulation_steps
     check(micro % world == 0, f"--gradient_accumulation_steps={micro}: it must be a multiple of "
           f"{world}, the number of processes")
+
+
+def check_untouched(run):
+    """UsageError if another process has saved in the run's folder before this one locked it."""
+    path = run.folder / "ckpt.pt"
+    written = path.stat().st_mtime_ns if path.exists() else None
+    check(written == run.written, f"another process has just trained in {run.folder}: start again")
 
 
 def announce(run):
@@ -762,6 +794,7 @@ def train(given):
     log_file = open_log(run.folder, run.step) if main else nullcontext()
     with log_file as run.log_file, catch_signals() as heard:
         if main:
+            check_untouched(run)
             warn_idle(given, run.model.config)
             announce(run)
         step, stopped = train_loop(run, heard)

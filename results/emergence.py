@@ -33,7 +33,10 @@ def read(folders):
         config = json.loads((folder / "config.json").read_text())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         evals = [[x["step"], x["bits_per_byte"], x["copy"]] for x in log if "copy" in x]
-        found[config["model"]["window"]][config["train"]["seed"]] = evals
+        window = config["model"]["window"]
+        seed = config["train"]["seed"]
+        check(seed not in found[window], f"{folder}: window {window} with seed {seed} comes twice")
+        found[window][seed] = evals
     return dict(sorted(found.items()))
 
 

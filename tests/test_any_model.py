@@ -301,7 +301,7 @@ def test_a_second_stage_starts_from_their_weights(theirs, their_data, tmp_path, 
     flags = "--learning_rate=0", "--max_iters=1"
     still = second_stage(tmp_path / "still", theirs, their_data, *flags)
     state = train.load_checkpoint(still)
-    wanted = train.load_checkpoint(theirs)["model"]
+    wanted = train.load_model(theirs)["model"]
     assert all(state["model"][name].equal(wanted[name]) for name in wanted)
     assert (state["stage"], state["model_config"].vocab_size) == (1, 384)
     flags = "--learning_rate=2e-2", "--max_iters=20", "--log_interval=1"
@@ -646,3 +646,24 @@ def test_a_model_of_another_block_is_refused_with_the_reason(copied, kind, why, 
     line = refusal(ask, copied, f"--text={text}")
     assert line.startswith(f"{copied} cannot be read as a cohere2 model")
     assert kind in line and why in line
+
+
+@pytest.mark.parametrize("name, whether", [
+    ("organisation/name", True), ("out/rnope-swa", False), ("a/b/c", False), ("name", False),
+    ("/nowhere/name", False), ("tests/name", False),
+])  # fmt: skip
+def test_what_can_only_be_on_the_hub_is_asked_for_there(name, whether, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert train.is_pretrained(name) is whether
+
+
+def test_a_run_to_resume_is_not_asked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr(train.GPT, "from_pretrained", None)
+    line = refusal(train.main, ["--resume", "--out_dir=organisation/name"])
+    assert "organisation/name holds no run" in line
+
+
+def test_a_prepared_dataset_may_be_named_by_its_path(tiny_run, data_dir):
+    folder = data_dir / "tiny"
+    line = refusal(sample.main, [str(tiny_run), f"--text={folder}", "--device=cpu"])
+    assert "was trained on it" in line  # so it was not read as a folder of texts

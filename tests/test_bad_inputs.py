@@ -43,6 +43,7 @@ TRAIN = [
     (["--repeat_frac=1.5"], "--repeat_frac=1.5: it must be 0.9 or less"),
     (["--long_rows=100"], "can be joined to 128, 256"),
     (["--long_rows=192"], "rows of 64 tokens by --batch_size=4"),
+    (["--batch_size=1", "--long_rows=128"], "no longer ones: raise --batch_size"),
     (["--batch_size=65536", "--long_rows=1048576"], "too few for --long_rows=1048576"),
     (["--block_size=1000000"], "too few for --block_size=1000000"),
     (["--dataset=nowhere"], "prepare_data.py"),

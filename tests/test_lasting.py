@@ -4,18 +4,21 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import ROOT, TORCHRUN, same_weights, starting
 
+import prepare_data
 import train
 from model import UsageError
 from train import load_checkpoint, load_run
@@ -330,11 +333,73 @@ def test_a_run_that_is_being_trained_is_not_resumed(fit, tmp_path, monkeypatch):
     first = threading.Thread(target=fit, args=[folder, "--max_iters=2", "--eval_interval=1"])
     first.start()
     assert inside.wait(20)
-    with pytest.raises(UsageError, match="another process trains in .*run: use another --out_dir"):
+    with pytest.raises(UsageError, match="another process trains in .*run, or did a moment"):
         train.main(["--resume", f"--out_dir={folder}"])
     leave.set()
     first.join(20)
     assert load_checkpoint(folder)["step"] == 2
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_that_another_process_has_trained_meanwhile_is_left_alone(
+    fit, tiny_flags, tmp_path, resumed, monkeypatch
+):
+    """It was opened before the other one ended, and locked after."""
+    folder = tmp_path / "run"
+    groups = dict(model=train.ModelConfig, training=train.TrainConfig)
+    given = prepare_data.parse_flags(groups, [*tiny_flags(folder), "--max_iters=2"], "")
+    if resumed:
+        train.train(given)
+        given = dict(resume=True, out_dir=folder)
+    stale = train.begin(given)
+    other = fit(tmp_path / "other", "--max_iters=3")
+    folder.mkdir(exist_ok=True)
+    names = ("ckpt.pt", "log.jsonl", "config.json")
+    for name in names:
+        shutil.copyfile(other / name, folder / name)
+    before = [(folder / name).read_bytes() for name in names]
+    monkeypatch.setattr(train, "begin", lambda given: stale)
+    with pytest.raises(UsageError, match="another process has just trained in .*run: start again"):
+        train.train(given)
+    assert (folder / "ckpt.pt").read_bytes() == before[0]
+    assert (folder / "config.json").read_bytes() == before[2]
+
+
+@pytest.mark.parametrize("name", ["", "-2"])
+def test_a_folder_is_chosen_after_the_text_is_made(fit, tiny_flags, tmp_path, monkeypatch, name):
+    """Another run of the same preset may begin while this one prepares its text."""
+    monkeypatch.chdir(tmp_path)
+    real = train.open_dataset
+
+    def slow(*args):
+        if name:
+            Path("out/rnope-swa").mkdir(parents=True)
+        return real(*args)
+
+    monkeypatch.setattr(train, "open_dataset", slow)
+    flags = [flag for flag in tiny_flags("x") if not flag.startswith("--out_dir")]
+    assert train.main([*flags, "--max_iters=1"]) == Path(f"out/rnope-swa{name}")
+
+
+def test_a_run_of_another_version_is_not_resumed(fit, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    del state["version"]
+    torch.save(state, folder / "ckpt.pt")
+    with pytest.raises(UsageError, match="another version .* or use --init_from="):
+        train.main(["--resume", f"--out_dir={folder}"])
+    assert load_run(folder)[2]["step"] == 100
+    fit(tmp_path / "second", f"--init_from={folder}", "--max_iters=1")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("tail", [b"", b'{"step": 30}', b'{"step": 3', b'{"step": 21}\n{"st'])
+def test_a_log_keeps_its_lines_up_to_the_checkpoint(tmp_path, end, tail):
+    kept = b'{"step": 10}' + end + b'{"step": 20}' + end
+    (tmp_path / "log.jsonl").write_bytes(kept + tail)
+    with train.open_log(tmp_path, 20) as file:
+        file.write(b"more\n")
+    assert (tmp_path / "log.jsonl").read_bytes() == kept + b"more\n"
 
 
 def test_of_two_runs_that_chose_a_folder_at_once_one_is_refused(fit, tmp_path, monkeypatch):
