@@ -879,12 +879,11 @@ def check_finite(name, value, step, run):
           "there was one; start again with a lower --learning_rate")
 
 
-def main(argv):
-    scales = f"  --scale=cpu: {SCALES['cpu']}\n  --scale=gpu: the defaults above"
-    groups = {"model": ModelConfig, "training": TrainConfig}
-    given = prepare_data.parse_flags(groups, argv, __doc__, scales)
+@contextmanager
+def explain_losses():
+    """Turn the many errors that the death of another process causes into one line."""
     try:
-        folder, signalled = train(given)
+        yield
     except (EOFError, ConnectionError, RuntimeError) as error:
         why = repr(error)
         lost = "DataLoader worker|EOFError|onnection|closed by peer|imed out|NCCL"
@@ -892,6 +891,15 @@ def main(argv):
               f"another process of this run has ended ({why[:100]}): see what it said, then use "
               "--resume")
         raise
+
+
+def main(argv):
+    scales = f"  --scale=cpu: {SCALES['cpu']}\n  --scale=gpu: the defaults above"
+    groups = {"model": ModelConfig, "training": TrainConfig}
+    given = prepare_data.parse_flags(groups, argv, __doc__, scales)
+    # Twice: a signal may tell torch that a worker has died while its first error is explained.
+    with explain_losses(), explain_losses():
+        folder, signalled = train(given)
     if signalled:
         sys.exit(128 + signalled)  # as a shell counts it: `train && sample` does not go on
     return folder

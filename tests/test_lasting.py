@@ -301,6 +301,19 @@ def test_a_run_whose_worker_died_ends_with_a_clear_line_and_leaves_no_process(
     load_checkpoint(folder)
 
 
+def test_news_of_a_dead_worker_may_come_while_its_first_error_is_explained(monkeypatch):
+    class Reset(ConnectionResetError):
+        def __repr__(self):  # here torch's handler of SIGCHLD speaks
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def lose(given):
+        raise Reset
+
+    monkeypatch.setattr(train, "train", lose)
+    with pytest.raises(UsageError, match="another process of this run has ended .*worker"):
+        train.main([])
+
+
 def test_training_in_a_thread_is_training(tiny_run, tmp_path):
     model, cfg, _ = load_run(tiny_run)
     given = asdict(cfg) | asdict(model.config)
