@@ -523,11 +523,12 @@ def choose_out_dir(cfg, pattern):
 
 
 @contextmanager
-def open_log(folder, step):
-    """Open log.jsonl of a run that goes on from a step. A second process in the run is refused.
+def open_log(run):
+    """Open log.jsonl of a run that is about to go on. A second process in the run is refused.
 
     The open file is locked. A lock ends with its process, however that ends, and leaves no file.
     """
+    folder = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "a+b") as file:
         try:
@@ -539,15 +540,23 @@ def open_log(folder, step):
                              "another --out_dir") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
+        check_untouched(run)
         # Later steps will be done again, so their lines go. A kill may have left half a line.
         file.seek(0)
         size = 0
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > run.step:
                 break
             size += len(line)
         file.truncate(size)
         yield file
+
+
+def check_untouched(run):
+    """UsageError if another process has saved in the run's folder before this one locked it."""
+    path = run.folder / "ckpt.pt"
+    written = path.stat().st_mtime_ns if path.exists() else None
+    check(written == run.written, f"another process has just trained in {run.folder}: start again")
 
 
 def git_revision():
@@ -758,13 +767,6 @@ def check_rows(cfg, T, world):
           f"{world}, the number of processes")
 
 
-def check_untouched(run):
-    """UsageError if another process has saved in the run's folder before this one locked it."""
-    path = run.folder / "ckpt.pt"
-    written = path.stat().st_mtime_ns if path.exists() else None
-    check(written == run.written, f"another process has just trained in {run.folder}: start again")
-
-
 def announce(run):
     """Write config.json and tell the user what is going to happen."""
     cfg = run.cfg
@@ -791,10 +793,9 @@ def train(given):
     run = begin(given)
     began = time.time()
     main = run.machine.rank == 0
-    log_file = open_log(run.folder, run.step) if main else nullcontext()
+    log_file = open_log(run) if main else nullcontext()
     with log_file as run.log_file, catch_signals() as heard:
         if main:
-            check_untouched(run)
             warn_idle(given, run.model.config)
             announce(run)
         step, stopped = train_loop(run, heard)
