@@ -98,6 +98,11 @@ def pretrained_tokenizer(enc):
                                    eos_token=enc.decode([enc.eot_token]))
 
 
+def locate(name):
+    """A folder by its whole path, which holds from anywhere; another name, on the hub, as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
 def encoding(name):
     """The tokenizer "byte" (id = byte, 256 = end of document), "gpt2", or one of transformers'.
 
@@ -395,8 +400,8 @@ def prepare(cfg):
     check_ranges(cfg)
     dataset = [name if name in KNOWN else str(Path(name).resolve()) for name in cfg.dataset]
     tokenizer = cfg.tokenizer
-    if tokenizer not in ("byte", "gpt2") and Path(tokenizer).is_dir():
-        tokenizer = str(Path(tokenizer).resolve())
+    if tokenizer not in ("byte", "gpt2"):
+        tokenizer = locate(tokenizer)
     name = cfg.name or f"{Path(dataset[0]).stem}-{Path(tokenizer).name}".removesuffix("-byte")
     check(re.fullmatch(r"(?!downloads$)\w[\w. -]*", name),
           f"--name={name!r} cannot be a folder in {cfg.data_dir}: choose another")

@@ -316,7 +316,8 @@ def probe_heatmap(run, length):
 def watch_attention(run, row, n, see):
     """Call see(letter, weights) for each layer: (H, n, S), of a row's last n queries on its S keys.
 
-    Only these queries' weights are computed: memory is linear in the row.
+    Only these queries' weights are computed: memory is linear in the row. Returns what run.predict
+    yields.
     """
 
     def watch(layer, args, where):
@@ -332,9 +333,10 @@ def watch_attention(run, row, n, see):
     layers = [block.self_attn for block in run.model.layers]
     letters = dict(zip(layers, run.model.config.layers, strict=True))
     hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
-    list(run.predict(row[None], n))
+    predicted = list(run.predict(row[None], n))
     for hook in hooks:
         hook.remove()
+    return predicted
 
 
 def attention_numbers(weights, cuts):
@@ -607,8 +609,7 @@ def show_attention(run, prompt):
 
     found = {}
     row = np.append(ids, run.enc.eot_token)  # a target, which is not looked at
-    watch_attention(run, row, 1, see)
-    [(logits, _)] = run.predict(row[None], 1)
+    [(logits, _)] = watch_attention(run, row, 1, see)
     last = len(ids) - 1
     told = run.enc.decode([logits.argmax().item()])
     print(f"after …{words(last - 60, last + 1)} the model expects {told!r}{truth}")

@@ -448,9 +448,9 @@ def load_pretrained(folder):
     model = GPT.from_pretrained(folder)
     dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     cfg = TrainConfig(dtype=dtype)
-    tokenizer = str(Path(folder).resolve()) if Path(folder).is_dir() else str(folder)
-    return dict(folder=folder, step=cfg.max_iters, stage=0, meta=dict(tokenizer=tokenizer),
-                model=model.state_dict(), model_config=model.config, train_config=cfg)
+    meta = dict(tokenizer=prepare_data.locate(folder))
+    return dict(folder=folder, step=cfg.max_iters, stage=0, meta=meta, model=model.state_dict(),
+                model_config=model.config, train_config=cfg)
 
 
 def load_model(folder):
