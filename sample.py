@@ -519,11 +519,11 @@ def draw_lines(axis, panel, lines):
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params("x", rotation=30)
         axis.set_xlabel("context, tokens (dotted: in training)")
-    highest = 1  # names that would run into each other are moved down
-    for y, x, name, color in sorted(ends, reverse=True):
-        height = min(highest, y / axis.get_ylim()[1])
+    lowest = 0  # names that would run into each other are moved up
+    for y, x, name, color in sorted(ends):
+        height = max(lowest, y / axis.get_ylim()[1])
         axis.text(x, height, name, color=color, transform=axis.get_xaxis_transform())
-        highest = height - 0.06
+        lowest = height + 0.05
 
 
 def draw_map(axis, label, runs):

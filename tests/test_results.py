@@ -1,6 +1,7 @@
 """The scripts of results/: what they time, what they train, what they ask."""
 
 import json
+import shutil
 import sys
 
 import bench
@@ -8,6 +9,7 @@ import beside
 import numpy as np
 import pytest
 import ruler
+import tables
 import torch
 import torch.nn.functional as F
 
@@ -344,3 +346,27 @@ def test_ruler_writes_its_table_and_numbers(folders, tmp_path, capsys, monkeypat
     held = sum(cache.k.nbytes + cache.v.nbytes for cache in net.new_caches(1, 2048))
     assert found["cache_bytes"] == dict.fromkeys(folders, held)
     assert f"{held / 1e6:,.1f} MB" in size
+
+
+# ---- tables.py ----------------------------------------------------------------------------------
+
+
+def test_the_pages_have_the_tables_that_variants_json_gives():
+    found = json.loads((tables.HERE / "variants.json").read_text())
+    for page, its in tables.tables(found).items():
+        text = (tables.HERE / f"{page}.md").read_text()
+        for table in its:
+            assert table in text, f"results/{page}.md lacks what results/tables.py prints:\n{table}"
+
+
+def test_a_cell_is_the_mean_of_the_seeds_and_their_range():
+    assert tables.cell([0.5, 0.25, 0.75]) == "0.50 (0.25–0.75)"
+
+
+def test_the_figures_are_drawn_from_variants_json(tmp_path, monkeypatch, capsys):
+    shutil.copy(tables.HERE / "variants.json", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    tables.main()
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == set(tables.FIGURES)
+    assert "| rnope-swa-log |" in capsys.readouterr().out

@@ -1,0 +1,222 @@
+"""The tables and figures of the comparisons: part1.md to part3.md, ablations.md, hybrids.md.
+
+    python results/tables.py         # print the tables and draw the figures, from variants.json
+
+variants.json holds what `train.py`, `sample.py`, `ruler.py` and `bench.py` found by the commands on
+those pages, a number a seed. Cells are the mean of the seeds (least–most). The first tables of
+speed.md and cost.md come from it, too.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sample
+from model import LAYERS, PRESETS, ModelConfig
+
+HERE = Path(__file__).resolve().parent
+
+SHORT = ("1024", "4096", "16384")
+LONG = (*SHORT, "65536")
+PAPER = ("rope", "qk-norm", "nope")
+MIXED = ("rope", "rnope", "rnope-swa", "rnope-swa-log")
+STAGES = ("rope, second stage", "rope, theta 2M, second stage", "rnope-swa, second stage",
+          "rnope-swa-log, second stage")
+HYBRIDS = ("rope", "rnope-swa", "rnope-swa-log", "swan", "llama4", "exaone4", "smollm3", "olmo3",
+           "gemma3", "gpt-oss")
+THETAS = ("rope", "rope, theta 1e5", "rope, theta 1e6", "rope, theta 1e7")
+ABLATIONS = ("SN", "SSSSSSSN", "window 32", "window 256", "window 512", "2 key/value heads",
+             "1 key/value head")
+PLAIN = ("rnope-swa", *ABLATIONS, "swan without log_scale", "swa", "plain")
+SCALED = ("rnope-swa-log", *[f"{name}, log_scale" for name in ABLATIONS], "swan")
+KINDS = (  # caption, probe, number
+    ("questions answered", "needle", "answered"),
+    ("a passage again, bits per byte", "copy", "again"),
+    ("last 256 bytes, bits per byte", "loss", "bits_per_byte"),
+)
+FIGURES = {  # page: lines, probes
+    "part1": (PAPER, ["needle", "attention"]),
+    "part2": (("rope", "rnope", "rnope-swa-log"), ["needle", "attention"]),
+    "part3": (STAGES, ["copy", "needle"]),
+    "ablations": (("rnope-swa", "SN", "SSSSSSSN", "window 32", "window 512"), ["copy", "needle"]),
+    "hybrids": (("rnope-swa", "rnope-swa-log", "swan", "llama4", "exaone4", "olmo3"),
+                ["copy", "needle"]),
+}
+
+
+def cell(seeds, digits=2):
+    low = f"{min(seeds):.{digits}f}"
+    high = f"{max(seeds):.{digits}f}"
+    return f"{np.mean(seeds):.{digits}f} ({low}–{high})"
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_length(found, names, lengths, kind):
+    """A row a name, a column a length of context."""
+    caption, probe, number = kind
+    rows = []
+    for name in names:
+        numbers = found["probes"][name][probe]
+        rows.append([name, *[cell(numbers[length][number]) for length in lengths]])
+    return markdown([caption, *[f"{int(length):,}" for length in lengths]], rows)
+
+
+def after_training(found, names):
+    rows = []
+    for name in names:
+        numbers = found["train"][name]
+        rows.append([name, cell(numbers["validation"], 3), cell(numbers["copy"], 3)])
+    return markdown(["bits per byte", "validation", "a passage again"], rows)
+
+
+def attention(found, names):
+    """Where the queries that produce the answer look: a row a model, kind of layer and length."""
+    columns = ("begin", "needle", "context", "qc", "entropy")
+    rows = []
+    for name in names:
+        for length, numbers in found["probes"][name]["attention"].items():
+            for kind in sorted({key.split()[0] for key in numbers}):
+                means = [np.mean(numbers[f"{kind} {column}"]) for column in columns]
+                shares = [f"{mean:.4f}" for mean in means[:-1]]
+                rows.append([name, kind, f"{int(length):,}", *shares, f"{means[-1]:.2f}"])
+    return markdown(["model", "layers", "tokens", *columns], rows)
+
+
+def ruler(found, names, lengths):
+    """The average over RULER's tasks, a row a name."""
+    rows = []
+    for name in names:
+        scores = found["ruler"][name]
+        cells = [cell(scores[length]["average"]) if length in scores else "" for length in lengths]
+        rows.append([name, *cells])
+    return markdown(["RULER's tasks, average", *[f"{int(x):,}" for x in lengths]], rows)
+
+
+def ruler_tasks(found, names, length):
+    tasks = list(found["ruler"]["rope"]["1024"])[:-1]
+    rows = []
+    for name in names:
+        scores = found["ruler"][name][length]
+        rows.append([name, *[f"{np.mean(scores[task]):.2f}" for task in tasks]])
+    return markdown([f"{int(length):,} tokens", *tasks], rows)
+
+
+def costs(found, names, T=65536):
+    """Bytes of keys and values, and the speed of training, at a context of T tokens."""
+    rates = {r["preset"]: r["tokens_per_second"] for r in found["speed"] if r["T"] == T}
+    rows = []
+    for name in names:
+        config = ModelConfig(**PRESETS[name])
+        seen = [T if LAYERS[letter][1] == "full" else config.window for letter in config.layers]
+        size = 2 * 2 * config.n_embd * sum(seen)  # keys and values, two bytes each
+        rate = rates.get(name)
+        rate = f"{rate:,.0f}, {rate / rates['rope']:.2f}" if rate else ""
+        validation = found["train"].get(name)
+        loss = cell(validation["validation"], 3) if validation else "as rnope-swa"
+        rows.append([name, config.layers, loss, f"{size / 1e6:,.0f}", rate])
+    head = ["preset", "layers", "validation, bits per byte", f"cache of {T:,} tokens, MB",
+            f"trained tokens/s at {T:,}, over rope"]
+    return markdown(head, rows)
+
+
+def speed(found):
+    """Whole training steps of rope and rnope-swa, a row a length of context."""
+    rows = []
+    for T in sorted({row["T"] for row in found["speed"]}):
+        both = {row["preset"]: row for row in found["speed"] if row["T"] == T}
+        rope = both["rope"]
+        swa = both["rnope-swa"]
+        rates = [rope["tokens_per_second"], swa["tokens_per_second"]]
+        times = [rates[1] / rates[0], swa["flops_allow"]]
+        peak = max(rope["peak_gb"], swa["peak_gb"])
+        rows.append([f"{T:,}", *[f"{rate:,.0f}" for rate in rates],
+                     *[f"{ratio:.2f}" for ratio in times], f"{peak:.1f}"])
+    head = ["tokens of a row", "rope, tokens/s", "rnope-swa", "over rope", "FLOPs allow",
+            "peak GB, at most"]
+    return markdown(head, rows)
+
+
+def reading_and_writing(found):
+    rope, swa = found["decode"]
+    numbers = {
+        "cache, MB": "cache_mb",
+        "prefill, tokens/s": "prefill_tokens_per_second",
+        "decoding, a kernel at a time, tokens/s": "decode_tokens_per_second",
+        "decoding as one CUDA graph, tokens/s": "graph_tokens_per_second",
+    }
+    rows = []
+    for title, name in numbers.items():
+        ratio = swa[name] / rope[name]
+        rows.append([title, f"{rope[name]:,.0f}", f"{swa[name]:,.0f}", f"{ratio:.2f}"])
+    return markdown(["", "rope", "rnope-swa", "over rope"], rows)
+
+
+def tables(found):
+    """{page: its tables}."""
+
+    def lengths(names, several):
+        return [by_length(found, names, several, kind) for kind in KINDS]
+
+    far = ("1024", "262144")
+    to_far = [f"{name} to 262,144" for name in ("rnope-swa", "rnope-swa-log", "swan", "llama4")]
+    before = ["rnope-swa to 65,536", "rnope-swa-log to 65,536"]
+    return {
+        "part1": [after_training(found, PAPER), *lengths(PAPER, SHORT), attention(found, PAPER)],
+        "part2": [*lengths(MIXED, SHORT), attention(found, MIXED[1:])],
+        "part3": [
+            after_training(found, STAGES),
+            *lengths(STAGES, LONG),
+            by_length(found, before, ("1024", "65536"), KINDS[0]),
+            *[by_length(found, THETAS, SHORT, kind) for kind in KINDS[:2]],
+            ruler(found, STAGES[1:], ("1024", "8192", "65536")),
+        ],
+        "ablations": [
+            after_training(found, [name for name in PLAIN if name in found["train"]]),
+            *[by_length(found, PLAIN, SHORT, kind) for kind in KINDS[:2]],
+            *[by_length(found, SCALED, SHORT, kind) for kind in KINDS[:2]],
+        ],
+        "hybrids": [
+            costs(found, HYBRIDS),
+            *lengths(HYBRIDS, SHORT),
+            *[by_length(found, to_far, far, kind) for kind in KINDS[:2]],
+            ruler(found, HYBRIDS, (*SHORT, "262144")),
+            ruler_tasks(found, HYBRIDS, "1024"),
+            ruler_tasks(found, HYBRIDS, "16384"),
+        ],
+        "speed": [speed(found)],
+        "cost": [reading_and_writing(found)],
+    }
+
+
+def as_run(found, name, seed):
+    """What one seed found, as `sample.draw` takes it."""
+    probes = {}
+    for probe, by_context in found["probes"][name].items():
+        probes[probe] = {
+            int(length): {key: seeds[seed] for key, seeds in numbers.items()}
+            for length, numbers in by_context.items()
+        }
+    lengths = sorted(next(iter(probes.values())))
+    return SimpleNamespace(found=probes, T=lengths[0], lengths=lengths)
+
+
+def main():
+    found = json.loads((HERE / "variants.json").read_text())
+    for page, its in tables(found).items():
+        print(f"{page}.md", *its, sep="\n\n", end="\n\n")
+    for page, (names, probes) in FIGURES.items():
+        lines = {name: [as_run(found, name, seed) for seed in range(3)] for name in names}
+        sample.draw(lines, SimpleNamespace(probes=probes), HERE / f"{page}.png")
+
+
+if __name__ == "__main__":
+    main()
