@@ -43,6 +43,12 @@ def check(ok, message):
         raise UsageError(message)
 
 
+def advise(fine, message):
+    """Print a line on stderr unless all is fine."""
+    if not fine:
+        print(message, file=sys.stderr)
+
+
 def flag(default, help, **rules):
     """A dataclass field that is also a command-line flag.
 

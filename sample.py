@@ -36,29 +36,29 @@ cohere2, chat, beam search.
 
 import json
 import math
-import shlex
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import prepare_data
-from model import LAYERS, UsageError, check, check_ranges, flag, visible
+from model import ModelConfig, UsageError, advise, attend, check, check_ranges, flag, visible
 from train import (
     DTYPES,
     RESUMABLE,
     Machine,
-    git_revision,
     load_run,
     newest_run,
     passage_length,
     plant_passage,
+    provenance,
     stream,
     warn_idle,
 )
@@ -74,7 +74,6 @@ TOKENS_AT_ONCE = 2**17  # in a batch of rows
 LOGITS_AT_ONCE = 2**28
 BEGIN = 10  # tokens at a row's beginning, which draw attention whatever they say
 PARTS = 32  # of the context, in the curve of attention by position
-OVERRIDES = ("block_size", "log_scale", "window", "rope_theta", "attention")
 instead = partial(flag, None, "instead of the run's", group="the model, changed for the probes")
 text_flag = partial(flag, group="text generation")
 
@@ -114,12 +113,12 @@ class SampleConfig:
     def __post_init__(self):
         check_ranges(self)
         names = self.probe.split(",") + ["heatmap"] * self.heatmap
-        self.probes = list(dict.fromkeys(names))
-        for name in self.probes:
-            check(name in PROBES, f"--probe={name}: choose from {', '.join(PROBES)}")
+        check(set(names) <= PROBES.keys(),
+              f"--probe={self.probe}: choose from {', '.join(PROBES)}")
+        self.probes = [name for name in PROBES if name in names]
         plot = Path(self.plot or "probe.png")
-        drawn = plot.suffix in (".png", ".pdf", ".svg") and plot.parent.is_dir()
-        check(drawn, f"--plot={plot}: name a .png, .pdf or .svg file in a folder that exists")
+        check(plot.suffix in (".png", ".pdf", ".svg") and plot.parent.is_dir(),
+              f"--plot={plot}: name a .png, .pdf or .svg file in a folder that exists")
 
 
 class Run:
@@ -129,55 +128,56 @@ class Run:
     """
 
     def __init__(self, folder, cfg):
+        self.cfg = cfg
         self.folder = Path(folder)
         self.out = self.folder if self.folder.is_dir() else Path("out", folder)
-        self.cfg = cfg
-        changed = {name: x for name, x in vars(cfg).items() if name in OVERRIDES and x is not None}
-        self.model, self.train, self.meta = load_run(folder, **changed)
-        self.changed = changed
-        warn_idle(changed, self.model.config)
+        known = ModelConfig.__annotations__
+        changed = {name: x for name, x in vars(cfg).items() if name in known and x is not None}
         self.machine = Machine(cfg.device, cfg.dtype)
-        old = self.machine.cuda and not self.machine.modern  # a card without bfloat16
-        if cfg.dtype == "auto" and not old:
-            self.machine = Machine(cfg.device, self.train.dtype)
-        # Weights in half precision other than that dtype become float32, as autocast expects them.
-        same = self.model.dtype == self.machine.dtype
         try:
-            self.model.to(self.machine.device, self.machine.dtype if same else torch.float32)
+            self.model, self.train, self.meta = load_run(folder, self.machine.device, **changed)
         except torch.OutOfMemoryError:
             raise UsageError(f"{folder} is too large for {self.machine.name}: add --device=cpu, or "
                              "use a larger card") from None
+        self.changed = changed
+        warn_idle(changed, self.model.config)
+        if cfg.dtype == "auto" and self.machine.has_bfloat16:
+            self.machine.dtype = getattr(torch, self.train.dtype)
+        if self.model.dtype != self.machine.dtype:
+            self.model.float()  # as autocast expects its weights
         self.enc = prepare_data.encoding(self.meta["tokenizer"])
+        self.begin = getattr(self.enc, "first", [])  # the token that its rows begin with, if any
         size = self.model.config.vocab_size
         check(self.enc.n_vocab <= size, f"the tokenizer of {folder} has {self.enc.n_vocab} tokens, "
               f"its embedding {size}: remove the tokens that were added")
-        self.begin = getattr(self.enc, "first", [])  # the token that its rows begin with, if any
         self.T = self.model.config.block_size
+        # In tokens: T, factor * T, factor**2 * T, ..., max_multiple * T.
+        self.lengths = sorted({self.T * min(cfg.factor**k, cfg.max_multiple) for k in range(64)})
         self.found = defaultdict(dict)  # probe: {length: {name: number}}
-        multiples = {min(cfg.factor**k, cfg.max_multiple) for k in range(64)}
-        self.lengths = sorted(self.T * multiple for multiple in multiples)  # in tokens
 
     @cached_property
     def data(self):
-        """What rows are cut from: the texts at the paths of --text, or a dataset."""
-        names = self.cfg.text
-        trained = "val_sha256" in self.meta  # on a dataset
-        check(names or trained, f"{self.folder} is no run of train.py: name a text with --text")
-        name = names[0] if names else self.train.dataset
-        folder = Path(self.train.data_dir, name)
-        if not folder.exists() and Path(name, "train.bin").exists():
-            folder = Path(name)
-        prepared = (folder / "train.bin").exists() or name in prepare_data.KNOWN
-        if len(names) > 1 or (names and not prepared):
-            return prepare_data.encode_files(names, self.enc, self.train.data_dir)
+        """What rows are cut from: the run's own dataset, or what --text names."""
+        data_dir = self.train.data_dir
+        if not self.cfg.text:
+            own = self.meta.get("val_sha256")
+            check(own, f"{self.folder} is no run of train.py: name a text with --text")
+            data = prepare_data.load_data(Path(data_dir, self.train.dataset))
+            check(data.meta["val_sha256"] == own, f"{self.folder} was trained on another "
+                  f"{data.folder}: make that one again, or name a text with --text")
+            return data
+        name, *others = self.cfg.text
+        known = name in prepare_data.KNOWN
+        folder = Path(name)
+        if known or not folder.exists():
+            folder = Path(data_dir, name)
+        if others or not (known or (folder / "train.bin").exists()):
+            return prepare_data.encode_files(self.cfg.text, self.enc, data_dir)
         data = prepare_data.load_data(folder)
-        alike = {key for key, value in self.meta.items() if data.meta.get(key) == value}
-        if names:
-            fits = "tokenizer" in alike and "train_sha256" not in alike
-            check(fits, f"--text={names[0]}: {self.folder} has other tokens, or was trained on it")
-        else:
-            check("val_sha256" in alike, f"{self.folder} was trained on another {folder}: make "
-                  "that one again, or name a text with --text")
+        fits = data.meta["tokenizer"] == self.meta["tokenizer"]
+        unseen = data.meta["train_sha256"] != self.meta.get("train_sha256")
+        check(fits and unseen,
+              f"--text={name}: {self.folder} has other tokens, or was trained on it")
         return data
 
     @property
@@ -185,15 +185,23 @@ class Run:
         """Token ids that the model was not trained on."""
         return self.data.train if self.cfg.text else self.data.val
 
-    @property
-    def first(self):
-        """Where the first row ends: the longest context fits, and other lengths seldom move it."""
-        return max(self.lengths[-1] + 1, len(self.text) // 4)
+    @cached_property
+    def ends(self):
+        """Where the rows end in the text, at every length. UsageError if there are none."""
+        check(self.T >= 4, f"--block_size={self.T}: a quarter of it is scored, so use 4 or more")
+        size = len(self.text)
+        most = (size - 1) // self.T
+        check(most, "the text is shorter than a row: name a longer one with --text, or use a "
+              "smaller --block_size")
+        check(self.cfg.max_multiple <= most,
+              f"the text is too short: use --max_multiple={most} or less")
+        # The longest context fits, and other lengths seldom move the first end.
+        first = max(self.lengths[-1] + 1, size // 4)
+        return np.linspace(first, size, self.cfg.samples).astype(int)
 
     def rows(self, length):
-        """(samples, length + 1) token ids, which end at the same places at every length."""
-        ends = np.linspace(self.first, len(self.text), self.cfg.samples).astype(int)
-        return self.data.rows(self.text, ends - length - 1, length + 1)
+        """(samples, length + 1) token ids."""
+        return self.data.rows(self.text, self.ends - length - 1, length + 1)
 
     @torch.no_grad()
     def predict(self, rows, n):
@@ -220,7 +228,7 @@ def score(run, rows, n):
     """Bits per byte of the last n tokens of each row."""
     nats = 0.0
     for logits, targets in run.predict(rows, n):
-        nats += F.cross_entropy(logits.mT, targets, reduction="sum").item()
+        nats += cross_entropy(logits.mT, targets, reduction="sum").item()
     size = prepare_data.count_bytes(run.enc, rows[:, -n:])
     return nats / math.log(2) / size
 
@@ -260,16 +268,6 @@ def new_facts(run, rng):
     return list(facts.values())
 
 
-def hide(text, facts, depths):
-    """Put facts, arrays of ids, into text, each at its share of it: 0 is the start, 1 the end.
-
-    Returns (ids, where in text each fact was put, tokens of each fact).
-    """
-    sizes = np.array([len(fact) for fact in facts])
-    places = (depths * len(text)).astype(int)
-    return np.insert(text, places.repeat(sizes), np.concatenate(facts)), places, sizes
-
-
 def plant(run, row, i, depth=None):
     """Row i with facts in its text, a question at its end, and the answer.
 
@@ -284,13 +282,13 @@ def plant(run, row, i, depth=None):
         depths[0] = depth
     question = np.concatenate(facts[0][:2])
     wholes = [np.concatenate(fact) for fact in facts]
-    needed = sum(map(len, wholes)) + len(question)
-    check(
-        needed <= len(row),
-        f"{run.folder}: facts and question take {needed} tokens, a row at 1x has {len(row)}: use "
-        "fewer --needles or --digits, or --probe=loss,copy",
-    )
-    text, places, sizes = hide(row[needed:], wholes, depths)
+    sizes = np.array([*map(len, wholes)])
+    needed = sizes.sum() + len(question)
+    check(needed <= len(row), f"{run.folder}: facts and question take {needed} tokens, a row at "
+          f"1x has {len(row)}: use fewer --needles or --digits, or --probe=loss,copy")
+    text = row[needed:]
+    places = (depths * len(text)).astype(int)
+    text = np.insert(text, places.repeat(sizes), np.concatenate(wholes))
     start = places[0] + sizes[places < places[0]].sum()
     cuts = [start, start + sizes[0], len(text)]
     return np.concatenate([text, question]), len(facts[0][1]), cuts
@@ -309,8 +307,8 @@ def probe_needle(run, length, depth=None):
 
 
 def probe_heatmap(run, length):
-    depths = range(0, 101, 10)
-    return {f"{depth}%": probe_needle(run, length, depth / 100)["answered"] for depth in depths}
+    return {f"{depth}%": probe_needle(run, length, depth / 100)["answered"]
+            for depth in range(0, 101, 10)}
 
 
 def watch_attention(run, row, n, see):
@@ -319,24 +317,21 @@ def watch_attention(run, row, n, see):
     Only these queries' weights are computed: memory is linear in the row. Returns what run.predict
     yields.
     """
+    letters = iter(run.model.config.layers)
 
-    def watch(layer, args, where):
-        q, k, _ = layer.qkv(*args, where["rotation"], where["query_scale"])
-        q = q[0, :, -n:].float()
-        k = k[0].float().repeat_interleave(len(q) // k.size(1), 0)
-        j = torch.arange(k.size(1), device=k.device)
-        seen = visible(j[-n:, None], j, layer.window, layer.chunked)
+    def watch(q, k, v, window, chunked, path):
+        """Stands in for attend, which does not tell its weights."""
+        queries = q[0, :, -n:].float()
+        keys = k[0].float().repeat_interleave(len(queries) // k.size(1), 0)
+        j = torch.arange(k.size(2), device=k.device)
+        seen = visible(j[-n:, None], j, window, chunked)
         with torch.autocast(k.device.type, enabled=False):  # or the scores are rounded again
-            scores = q @ k.mT / math.sqrt(layer.head_dim)
-        see(letters[layer], scores.masked_fill(~seen, -math.inf).softmax(-1))
+            scores = queries @ keys.mT / math.sqrt(k.size(3))
+        see(next(letters), scores.masked_fill(~seen, -math.inf).softmax(-1))
+        return attend(q, k, v, window, chunked, path)
 
-    layers = [block.self_attn for block in run.model.layers]
-    letters = dict(zip(layers, run.model.config.layers, strict=True))
-    hooks = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
-    predicted = list(run.predict(row[None], n))
-    for hook in hooks:
-        hook.remove()
-    return predicted
+    with patch("model.attend", watch):
+        return list(run.predict(row[None], n))
 
 
 def attention_numbers(weights, cuts):
@@ -376,62 +371,40 @@ PROBES = dict(
 # ---- Measuring ----------------------------------------------------------------------------------
 
 
-def tell(text):
-    print(text, file=sys.stderr, flush=True)
-
-
 def open_runs(cfg):
     """The runs that cfg names, or the newest one."""
     folders = cfg.runs or [newest_run()]
-    places = {Path(folder).resolve() for folder in folders}
-    check(len(places) == len(folders), f"a run is named twice in {' '.join(cfg.runs)}")
+    check(len({Path(folder).resolve() for folder in folders}) == len(folders),
+          f"a run is named twice in {' '.join(cfg.runs)}")
     return [Run(folder, cfg) for folder in folders]
-
-
-def check_lengths(runs, cfg):
-    """UsageError where a run's text is too short for the longest context, or a row for a score."""
-    for run in runs:
-        check(run.T >= 4, f"--block_size={run.T}: a quarter of it is scored, so use 4 or more")
-    most = min((len(run.text) - 1) // run.T for run in runs)
-    check(most, "the text is shorter than a row: name a longer one with --text, or use a smaller "
-          "--block_size")
-    check(cfg.max_multiple <= most, f"the text is too short: use --max_multiple={most} or less")
 
 
 def check_runs(runs, cfg):
     """Refuse what cannot be measured before minutes go into what can; tell of overlap."""
-    check_lengths(runs, cfg)
-    if len({run.T for run in runs}) > 1:
-        tell("runs of different training contexts score different tokens: compare along a line")
+    alike = len({run.T for run in runs}) == 1
+    advise(alike, "runs of different training contexts score different tokens: compare along a "
+           "line")
     for run in runs:
         if set(cfg.probes) - {"loss", "copy"}:
             plant_all(run, run.T)
         step = run.meta["step"]
-        if step < run.train.max_iters:
-            tell(f"{run.folder} was stopped at step {step} of {run.train.max_iters}")
+        wanted = run.train.max_iters
+        advise(step >= wanted, f"{run.folder} was stopped at step {step} of {wanted}")
         n = run.T // 4
-        room = len(run.text) - run.first
-        if room < n * (cfg.samples - 1):
-            tell(f"{run.folder}: the text is short, so that rows score some tokens twice: use "
-                 f"--samples={room // n + 1} or fewer, or a smaller --max_multiple")
+        room = len(run.text) - run.ends[0]
+        advise(room >= n * (cfg.samples - 1), f"{run.folder}: the text is short, so that rows "
+               f"score some tokens twice: use --samples={room // n + 1} or fewer, or a smaller "
+               "--max_multiple")
 
 
 def measure(run):
     """Fill run.found and write it to probe.json in the run's folder."""
     for probe in run.cfg.probes:
         bar = tqdm(run.lengths, f"{run.folder} {probe}", disable=None)
-        if bar.disable:  # not on a terminal
-            tell(f"{run.folder}: {probe}")
+        advise(not bar.disable, f"{run.folder}: {probe}")  # where there is no terminal for a bar
         for length in bar:
             run.found[probe][length] = PROBES[probe](run, length)
-    about = dict(
-        command=shlex.join(sys.argv),
-        settings=vars(run.cfg),
-        model=vars(run.model.config),
-        device=f"{run.machine.name} {run.machine.dtype}",
-        torch=torch.__version__,
-        git=git_revision(),
-    )
+    about = provenance(run.machine, settings=vars(run.cfg), model=vars(run.model.config))
     found = json.dumps(about | run.found, indent=1)
     prepare_data.write_atomically(run.out / "probe.json", found)
 
@@ -449,8 +422,8 @@ def lines_of(runs):
         groups[key].append(run)
     lines = {}
     for group in groups.values():
-        label = f"{group[0].folder} ({len(group)} seeds)".removesuffix(" (1 seeds)")
-        lines[label] = group
+        label = f"{group[0].folder} ({len(group)} seeds)"
+        lines[label.removesuffix(" (1 seeds)")] = group
     return lines
 
 
@@ -572,15 +545,8 @@ def write_text(run, prompt):
     idx = run.machine.put(encode_prompt(run, prompt)[None])
     torch.manual_seed(cfg.seed)
     with run.machine.autocast():
-        out = run.model.generate(
-            idx,
-            cfg.max_new_tokens,
-            cfg.temperature,
-            cfg.top_k,
-            cfg.top_p,
-            stop=end,
-            n_vocab=run.enc.n_vocab,
-        )
+        out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                                 stop=end, n_vocab=run.enc.n_vocab)
     print(run.enc.decode(out[out != end].tolist()))
 
 
@@ -591,66 +557,50 @@ def show_attention(run, prompt):
     """
     truth = ""
     if prompt is None:
-        check_lengths([run], run.cfg)
-        row, n, _ = plant(run, run.rows(run.lengths[-1])[0], 0, depth=0.5)
-        ids = row[: len(row) - n + 1]
-        truth = f" (right: {run.enc.decode(row[len(ids) :].tolist())!r})"
+        row, n, _ = plant_all(run, run.lengths[-1], depth=0.5)[0]
+        ids, rest = np.split(row, [len(row) - n + 1])
+        truth = f" (right: {run.enc.decode(rest.tolist())!r})"
     else:
         ids = encode_prompt(run, prompt)
+    surest = {}  # shares of attention by kind of layer
 
     def see(letter, weights):
         shares = weights.mean((0, 1))
-        if letter not in found or shares.max() > found[letter].max():
-            found[letter] = shares
+        surest[letter] = max(surest.get(letter, shares), shares, key=torch.max)
 
     def words(start, stop):
-        text = run.enc.decode(ids[max(0, start) : stop].tolist())
-        return text.replace("\n", "⏎")
+        return run.enc.decode(ids[max(0, start) : stop].tolist()).replace("\n", "⏎")
 
-    found = {}
-    row = np.append(ids, run.enc.eot_token)  # a target, which is not looked at
-    [(logits, _)] = watch_attention(run, row, 1, see)
+    # A target is added to the row, which is not looked at.
+    [(logits, _)] = watch_attention(run, np.append(ids, run.enc.eot_token), 1, see)
     last = len(ids) - 1
     told = run.enc.decode([logits.argmax().item()])
     print(f"after …{words(last - 60, last + 1)} the model expects {told!r}{truth}")
-    print("shares of attention:")
-    for letter, weights in found.items():
-        position, span = LAYERS[letter]
-        print(f"\n{letter} layer ({position}, {span})")
-        seen = int((weights > 0).sum())
-        for share, place in zip(*weights.topk(min(10, seen)), strict=True):
+    for letter, shares in surest.items():
+        print(f"\n{letter} layer, shares of attention")
+        seen = shares.count_nonzero()
+        for place in shares.argsort(descending=True)[: min(10, seen)].tolist():
             around = f"{words(place - 30, place)}[{words(place, place + 1)}]"
             after = words(place + 1, place + 12)
-            print(f"{share:7.2%}  {last - place:9,} tokens back  …{around}{after}…")
+            print(f"{shares[place]:7.2%}  {last - place:9,} tokens back  …{around}{after}…")
 
 
 def export(run):
     """Write a folder that transformers reads, with the tokenizer."""
+    folder = run.cfg.export
     check(len(run.cfg.runs) < 2, "--export writes one run: name one")
     check(not run.model.config.log_scale, "cohere2 has no log_scale: add --no-log_scale")
-    check(not Path(run.cfg.export).exists(), f"--export={run.cfg.export} exists: name a new folder")
+    check(not Path(folder).exists(), f"--export={folder} exists: name a new folder")
     # Rows that pad the embedding stand for no token: transformers would generate them.
     run.model.config.vocab_size = run.enc.n_vocab
-    run.model.embed_tokens.weight.data = run.model.embed_tokens.weight[: run.enc.n_vocab].detach()
-    run.model.save_pretrained(run.cfg.export, prepare_data.pretrained_tokenizer(run.enc))
-    print(f"{run.cfg.export} is what AutoModelForCausalLM and AutoTokenizer read")
+    weight = run.model.embed_tokens.weight
+    weight.data = weight.data[: run.enc.n_vocab]
+    run.model.save_pretrained(folder, prepare_data.pretrained_tokenizer(run.enc))
+    print(f"{folder} is what AutoModelForCausalLM and AutoTokenizer read")
 
 
-def main(argv):
-    cfg = SampleConfig(**prepare_data.parse_flags({"probes": SampleConfig}, argv, __doc__))
-    runs = open_runs(cfg)
-    if cfg.export:
-        export(runs[0])
-        return
-    prompt = None if cfg.prompt is None else read_prompt(cfg.prompt)
-    if cfg.show_attention or prompt is not None:
-        for run in runs:
-            tell(f"{run.folder}:")
-            if cfg.show_attention:
-                show_attention(run, prompt)
-            else:
-                write_text(run, prompt)
-        return
+def compare(runs, cfg):
+    """Ask the probes of the runs. What is found goes to files, into tables and a figure."""
     check_runs(runs, cfg)
     for run in runs:
         print(f"{run.folder}: trained at {run.T:,} tokens, layers  {run.model.plan()}", flush=True)
@@ -666,6 +616,21 @@ def main(argv):
         print(f"\nnumbers in probe.json of each run, figure in {path}")
     except ImportError:
         print("\nnumbers in probe.json of each run; pip install matplotlib for the figure")
+
+
+def main(argv):
+    cfg = SampleConfig(**prepare_data.parse_flags({"probes": SampleConfig}, argv, __doc__))
+    runs = open_runs(cfg)
+    if cfg.export:
+        export(runs[0])
+    elif cfg.show_attention or cfg.prompt is not None:
+        prompt = cfg.prompt and read_prompt(cfg.prompt)
+        answer = show_attention if cfg.show_attention else write_text
+        for run in runs:
+            print(f"{run.folder}:", file=sys.stderr, flush=True)
+            answer(run, prompt)
+    else:
+        compare(runs, cfg)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import prepare_data
-from model import GPT, PRESETS, ModelConfig, UsageError, check, check_ranges, choose_path, flag
+from model import (
+    GPT,
+    PRESETS,
+    ModelConfig,
+    UsageError,
+    advise,
+    check,
+    check_ranges,
+    choose_path,
+    flag,
+)
 
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
@@ -136,7 +146,8 @@ class Machine:
         self.modern = self.cuda and torch.cuda.get_device_capability(self.device) >= (8, 0)
         if dtype == "auto":
             dtype = "bfloat16" if self.modern else "float32"
-        check(dtype == "float32" or self.modern or not self.cuda,
+        self.has_bfloat16 = self.modern or not self.cuda
+        check(dtype == "float32" or self.has_bfloat16,
               f"--dtype=bfloat16: {self.name} has none, drop the flag")
         self.dtype = getattr(torch, dtype)
         if self.cuda:
@@ -443,8 +454,7 @@ def is_pretrained(name):
 
 def load_pretrained(folder):
     """A cohere2 model of transformers with its tokenizer, as load_checkpoint gives a run."""
-    if not Path(folder).exists():
-        print(f"there is no folder {folder} here: asking the hub for it", file=sys.stderr)
+    advise(Path(folder).exists(), f"there is no folder {folder} here: asking the hub for it")
     model = GPT.from_pretrained(folder)
     dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     cfg = TrainConfig(dtype=dtype)
@@ -503,22 +513,16 @@ def load_run(folder, device="cpu", **override):
 
 def choose_out_dir(cfg, pattern):
     """The folder of a run: never one that holds another run."""
-    folder = Path(cfg.out_dir)
-    if cfg.resume:
-        return folder
-    if cfg.out_dir:
-        saved = (folder / "ckpt.pt").exists()
-        check(not saved, f"{folder} holds a run: add --resume, or name another --out_dir")
-        begun = (folder / "config.json").exists()
-        check(not begun, f"{folder} holds a run that has saved nothing: delete it, or name "
-              "another --out_dir")
-        return folder
     name = cfg.preset if PRESETS[cfg.preset]["pattern"] == pattern else pattern
-    folder = Path("out", name)
-    number = 2
-    while folder.exists():
-        folder = Path("out", f"{name}-{number}")
+    folder = Path(cfg.out_dir or f"out/{name}")
+    number = 1
+    while folder.exists() and not cfg.out_dir:
         number += 1
+        folder = Path(f"out/{name}-{number}")
+    check(cfg.resume or not (folder / "ckpt.pt").exists(),
+          f"{folder} holds a run: add --resume, or name another --out_dir")
+    check(cfg.resume or not (folder / "config.json").exists(),
+          f"{folder} holds a run that has saved nothing: delete it, or name another --out_dir")
     return folder
 
 
@@ -564,6 +568,12 @@ def git_revision():
     with suppress(OSError):  # there is no git
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip() or None
+
+
+def provenance(machine, **about):
+    """What a file of numbers says about itself."""
+    return dict(about, command=shlex.join(sys.argv), git=git_revision(),
+                device=f"{machine.name} {machine.dtype}", torch=torch.__version__)
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -652,9 +662,9 @@ def warn_idle(given, config):
     used = {"log_scale": "N", "attn_scale": "N", "window": "SWC", "rope_theta": "RSC",
             "rope_theta_full": "R"}
     for name, letters in used.items():
-        if given.get(name) and not set(letters) & set(config.layers):
-            print(f"--{name} changes nothing: pattern {config.pattern} has no layer "
-                  f"{' or '.join(letters)}", file=sys.stderr)
+        idle = given.get(name) and not set(letters) & set(config.layers)
+        advise(not idle, f"--{name} changes nothing: pattern {config.pattern} has no layer "
+               f"{' or '.join(letters)}")
 
 
 def open_dataset(cfg, T, machine):
@@ -772,9 +782,8 @@ def announce(run):
     cfg = run.cfg
     size = run.model.num_params()
     layers = run.model.plan()
-    about = dict(train=asdict(cfg), model=asdict(run.model.config), layers=layers,
-                 parameters=size, command=shlex.join(sys.argv), git=git_revision(),
-                 device=run.machine.name, processes=run.machine.world, torch=torch.__version__)
+    about = provenance(run.machine, train=asdict(cfg), model=asdict(run.model.config),
+                       layers=layers, parameters=size, processes=run.machine.world)
     if not run.step:
         prepare_data.write_atomically(run.folder / "config.json", json.dumps(about, indent=2))
     print(f"{run.folder}: preset {cfg.preset}, scale {cfg.scale}, {size / 1e6:.2f}M parameters, "

@@ -465,6 +465,8 @@ def test_a_text_may_be_another_dataset(variant, data_dir, tmp_path):
     assert run.rows(T)[0].tobytes() in run.data.train.tobytes()
     with pytest.raises(UsageError, match="was trained on it"):
         opened(folder, text=("tiny",)).rows(T)
+    with pytest.raises(UsageError, match="run prepare_data.py --dataset=pg19 --data_dir="):
+        opened(folder, text=("pg19",)).rows(T)
     foreign = variant("foreign", meta=dict(val_sha256="another text's"))
     with pytest.raises(UsageError, match="was trained on another"):
         opened(foreign).rows(T)
