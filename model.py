@@ -6,13 +6,13 @@ how they know where a token stands and how far back they see.
     RoPE layer                      letter R: rotated queries and keys, sees everything before it
     NoPE layer                      letter N: no position signal at all, sees everything before it
     SWA layer                       letter S: rotated, sees the last `window` keys, itself included
-    W, the window                   window
+    size of the window              window
     RNoPE-SWA (3 : 1)               pattern "SSSN", tiled over the layers; preset "rnope-swa"
     RoPE base, theta                rope_theta
     QK-Norm                         qk_norm, on every layer, before the rotation where there is one
     (not in the paper)              W: a window without positions; C: rotated, chunked (Llama 4)
 
-The idea stands in Attention.qkv, the one mask rule in visible, the list of layers in GPT.
+Where to look: the idea is in Attention.qkv, the one mask rule in visible, the hybrids in PRESETS.
 
 Shapes: B rows, T query tokens, S key tokens (the queries are the last T of them), H query heads,
 G key/value heads (H is a multiple of G), d = n_embd, D = d / H, V = vocab_size. Queries, keys and
@@ -43,16 +43,15 @@ def check(ok, message):
         raise UsageError(message)
 
 
-def advise(fine, message):
-    """Print a line on stderr unless all is fine."""
-    if not fine:
-        print(message, file=sys.stderr)
+def warn(message):
+    print(message, file=sys.stderr)
 
 
 def flag(default, help, **rules):
     """A dataclass field that is also a command-line flag.
 
-    rules: choices; least, of a number (0 if not given), and most; group, for --help.
+    rules: choices=(...), the only values allowed; least= and most=, of a number, which has to be 0
+    or more unless they say otherwise; group=, its heading in --help.
     """
     return field(default=default, metadata=dict(help=help, **rules))
 
@@ -67,7 +66,7 @@ def check_ranges(config):
             check(value in rules["choices"], f"{given}: choose from {', '.join(rules['choices'])}")
         if type(value) in (int, float):
             least = rules.get("least", 0)
-            most = rules.get("most", sys.float_info.max)  # less than infinity
+            most = rules.get("most", sys.float_info.max)  # so infinity is refused
             check(value >= least, f"{given}: it must be {least} or more")
             check(value <= most, f"{given}: it must be {most} or less")
 
@@ -102,7 +101,7 @@ PATHS = ("auto", "mask", "blocks", "flash")
 
 @dataclass
 class ModelConfig:
-    vocab_size: int = flag(50304, "rows of the embedding; train.py: as the tokens", least=1)
+    vocab_size: int = flag(50304, "token ids; train.py takes its tokenizer's number", least=1)
     block_size: int = flag(1024, "training context, tokens; a model may be run beyond it", least=1)
     n_layer: int = flag(8, "blocks", least=1)
     n_head: int = flag(8, "query heads", least=1)
@@ -131,7 +130,7 @@ class ModelConfig:
               f"n_head={self.n_head}: not a multiple of n_kv_head={self.n_kv_head}")
         check(self.pattern and set(self.pattern) <= set(LAYERS),
               f"pattern {self.pattern!r}: use letters of {', '.join(LAYERS)}")
-        self.layers = (self.pattern * self.n_layer)[: self.n_layer]  # a letter a layer
+        self.layers = (self.pattern * self.n_layer)[: self.n_layer]  # one letter for each layer
         missing = "".join(sorted(set(self.pattern) - set(self.layers)))
         check(not missing, f"pattern {self.pattern!r} over {self.n_layer} layers never builds "
               f"{missing!r}: use --n_layer={len(self.pattern)} or more, or a shorter --pattern")
@@ -145,8 +144,7 @@ def visible(i, j, window=None, chunked=False):
 
     Causal; with a window, the last `window` keys counting i itself; chunked, the keys of i's own
     chunk of `window` positions. i and j are integer tensors that broadcast.
-    Sources: arXiv 2501.18795; chunks as in Llama 4. Flash kernels ask how many keys to the LEFT of
-    the query are seen: that is window - 1.
+    Sources: arXiv 2501.18795; chunks as in Llama 4.
     """
     seen = j <= i
     if window is None:
@@ -161,9 +159,9 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
 
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). window None: all that came before.
     Chunked, k must begin at the first position of a chunk. Scores are divided by sqrt(D).
-    path: "mask" is the definition and takes T x S memory; the others are linear in S. "auto" is
-    flash on an NVIDIA GPU from Ampere on in half precision, else blocks. UsageError where flash is
-    asked for and cannot run.
+    path: "mask" is the definition and takes T x S memory. With "flash" or "blocks" memory is linear
+    in S; both leave whole causal rows to SDPA, which has kernels for them. "auto" is flash on an
+    NVIDIA GPU from Ampere on in half precision, else blocks. UsageError where flash cannot run.
     """
     T = q.size(2)
     S = k.size(2)
@@ -184,9 +182,9 @@ def attend(q, k, v, window=None, chunked=False, path="auto"):
     return attend_flash(q, k, v, window)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # the compiler cannot trace questions to the driver
 def flash_runs(device, dtype, head_dim):
-    """Has this device FlashAttention for such tensors?"""
+    """True where FlashAttention runs on this device for tensors of this dtype and head size."""
     if device.type != "cuda" or torch.version.hip:
         return False
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -196,11 +194,12 @@ def flash_runs(device, dtype, head_dim):
 
 
 def choose_path(path, device, dtype, head_dim):
-    """What "auto" means there. UsageError where flash is asked for and cannot run."""
+    """The path to take: "auto" becomes flash or blocks. UsageError where flash cannot run."""
     flash = flash_runs(device, dtype, head_dim)
     if path == "auto":
         return "flash" if flash else "blocks"
-    check(flash or path != "flash", "--attention=flash needs an NVIDIA GPU from Ampere on, "
+    possible = flash or path != "flash"
+    check(possible, "--attention=flash needs an NVIDIA GPU from Ampere on, "
           "bfloat16, and heads of 8, 16, ... 256: drop the flag")
     return path
 
@@ -213,7 +212,7 @@ def attend_mask(q, k, v, window, chunked):
 
 
 def attend_blocks(q, k, v, window, chunked):
-    """Some queries at a time, against the few keys that they can see: linear in S."""
+    """Some queries at a time, against the keys that they can see: memory is linear in S."""
     start = k.size(2) - q.size(2)  # position of a block's first query
     done = []
     # Smaller blocks spend their time on launches, larger ones hold a large mask.
@@ -260,18 +259,20 @@ def attend_flash(q, k, v, window):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and signed sin of the RoPE angles at positions (T,): (2, T, 1, D), fp32.
+    """Tables of cos and sin for RoPE at positions (T,): (2, T, 1, D), fp32.
 
-    A pair (a, b) of channels turns into (a cos - b sin, b cos + a sin). So the table of sines has
-    (-sin, sin) for each pair, to be multiplied with (b, a): the first channel of a pair stands
-    there with the negative angle, whose cos is the same. The table is made for the positions asked
-    for: there is none to outgrow. Source: arXiv 2104.09864.
+    A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin). `rotate` computes it as
+    (a, b) * (cos, cos) + (b, a) * (-sin, sin). The tables are made for the positions asked for, so
+    no row is too long for them. Source: arXiv 2104.09864.
     """
     channel = torch.arange(0, head_dim, 2, device=positions.device)
     frequencies = theta ** (-channel.float() / head_dim)
     angles = positions[:, None].float() * frequencies  # (T, D / 2)
-    angles = torch.stack((-angles, angles), 2).flatten(1)  # (T, D)
-    return torch.stack((angles.cos(), angles.sin()))[:, :, None]
+    cos = angles.cos()
+    sin = angles.sin()
+    cos_pairs = torch.stack((cos, cos), 2).flatten(1)  # (T, D)
+    sin_pairs = torch.stack((-sin, sin), 2).flatten(1)
+    return torch.stack((cos_pairs, sin_pairs))[:, :, None]
 
 
 @torch.compiler.assume_constant_result  # or the compiler computes sin and cos in every kernel
@@ -297,7 +298,7 @@ def rotate(x, rotation):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Without bias, in the dtype of the residual stream; the kernel computes in fp32."""
+    """LayerNorm without bias. It computes in fp32 and returns the dtype of its input."""
 
     def __init__(self, width, config):
         super().__init__(width, config.norm_eps, bias=False)
@@ -307,7 +308,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def linear(width, out):
-    """Without bias, as is every layer here."""
+    """A linear layer without bias: no layer here has one."""
     return nn.Linear(width, out, bias=False)
 
 
@@ -315,6 +316,7 @@ class Attention(nn.Module):
     def __init__(self, config, letter):
         super().__init__()
         position, span = LAYERS[letter]
+        self.letter = letter
         self.rope = position == "rope"
         self.window = None if span == "full" else config.window
         self.chunked = span == "chunk"
@@ -333,7 +335,7 @@ class Attention(nn.Module):
     def qkv(self, x, rotation, query_scale):
         """x (B, T, d) -> q (B, H, T, D), k and v (B, G, T, D), ready to attend.
 
-        rotation: of `rotary`, or None where rope is off. query_scale (T,), or None: of N layers.
+        rotation: tables from `rotary`, or None on N and W layers. query_scale: (T,) or None.
         """
         q = self.q_norm(self.q_proj(x).unflatten(2, (-1, self.head_dim)))  # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).unflatten(2, (-1, self.head_dim)))
@@ -345,16 +347,16 @@ class Attention(nn.Module):
         if query_scale is not None:
             # The more keys compete, the sharper the softmax must be for one of them to win.
             q = (q * query_scale[:, None, None]).to(q.dtype)
-        # Only now, so that q and k stand in memory as the kernels want them: 2 % of a step.
+        # Transposed after the rotation: the kernels like this memory layout, a step is 2 % faster.
         q = q.transpose(1, 2)  # (B, H, T, D)
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
         return q, k, v
 
     def forward(self, x, first, rotation, query_scale, cache, positions):
-        """x (B, T, d) -> (B, T - first, d), for the positions first .. T - 1 of x.
+        """x (B, T, d) -> (B, kept, d): the outputs of x[:, first:] alone.
 
-        With a cache, x stands at `positions` (T,), after what the cache holds. Else it is None.
+        positions (T,): where x stands in its row. cache: what stands before x, None in training.
         """
         q, k, v = self.qkv(x, rotation, query_scale)
         if cache is not None and x.size(1) == 1:
@@ -363,7 +365,7 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.extend(k, v, positions)
             y = attend(q[:, :, first:], k, v, self.window, self.chunked, self.path)
-        y = y.transpose(1, 2).flatten(2)  # (B, T - first, d)
+        y = y.transpose(1, 2).flatten(2)  # (B, kept, d)
         return self.o_proj(y)
 
 
@@ -390,11 +392,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, first, **where):
-        """x (B, T, d) -> (B, T - first, d). where: passed on to Attention.forward."""
+        """x (B, T, d) -> (B, kept, d), of x[:, first:]. where: passed on to Attention.forward."""
         h = self.input_layernorm(x)
-        found = self.self_attn(h, first=first, **where)
-        thought = self.mlp(h[:, first:])
-        return x[:, first:] + found + thought
+        attended = self.self_attn(h, first=first, **where)
+        return x[:, first:] + attended + self.mlp(h[:, first:])
 
 
 class GPT(nn.Module):
@@ -417,7 +418,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self):
-        """Of the residual stream and the cache: autocast's, or else that of the weights."""
+        """Dtype of the residual stream and the cache: autocast's if it is on, else the weights'."""
         weight = self.embed_tokens.weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
@@ -434,9 +435,10 @@ class GPT(nn.Module):
         return None, self.loss(x.flatten(0, 1), targets.flatten())
 
     def hidden(self, idx, first=0):
-        """idx (B, T) int64 -> last hidden states (B, T - first, d) of the positions first .. T - 1.
+        """idx (B, T) int64 -> last hidden states (B, kept, d) of the tokens idx[:, first:].
 
-        The last layer computes only these, which saves much for the last token of a long row.
+        The last layer computes its outputs for these alone, which saves time where only the end of
+        a row is wanted. first: -1 for the last token alone.
         """
         T = idx.size(1)
         thetas = tuple(self.thetas.values())
@@ -449,7 +451,7 @@ class GPT(nn.Module):
     def run_layers(self, idx, positions, tables, first, caches):
         """The pass through the layers. tables: {letter: its rotation at the positions (T,)}.
 
-        first: where the last layer begins to compute, -1 for the last token alone.
+        first: of which tokens the last layer computes outputs, as in `hidden`.
         """
         scales = {"N": self.query_scale(positions)}
         x = self.embed_tokens(idx).to(self.dtype)
@@ -487,7 +489,7 @@ class GPT(nn.Module):
         return F.linear(x, self.embed_tokens.weight).float()
 
     def loss(self, x, targets):
-        """Mean cross-entropy in nats of last hidden states x (N, d) against targets (N,)."""
+        """Mean cross-entropy in nats of last hidden states x (rows, d) against targets (rows,)."""
         weight = self.embed_tokens.weight
         if torch.is_grad_enabled() and torch.compiler.is_compiling() and x.is_cuda:
             return LinearCrossEntropy.apply(x, weight, targets)
@@ -504,9 +506,10 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """FLOPs of a training step per token of a T-token row: 6 a weight, 12 a key and channel.
+        """FLOPs of a training step per token of a T-token row.
 
-        2 per multiply-add, backward twice the forward; masked scores are not counted.
+        6 for each weight, and 12 n_embd for each key that a query sees: 2 for a multiply-add, and
+        the backward pass costs twice the forward. Masked scores are not counted.
         """
         position = torch.arange(T).double()
         keys = 0.0  # that a query sees, on average, summed over the layers
@@ -717,9 +720,9 @@ COHERE2_SIZES = {  # ModelConfig's name of a size: Cohere2Config's
 class Cache:
     """Keys and values of one layer, no more than it can still see: position p in slot p % size.
 
-    A layer that sees everything has a slot for each of the T tokens to come (no more may come), a
-    windowed one only `window`. Slots begin as zeros: a masked one counts 0 times its value, and 0
-    times what unused memory may hold can be nan.
+    A layer that sees everything has T slots, and no more than T tokens may come. A layer with a
+    window has `window` slots. They begin as zeros: attention multiplies a masked value by 0, and 0
+    times whatever unused memory holds can be nan.
     """
 
     def __init__(self, B, T, attention, config, like):
@@ -743,8 +746,8 @@ class Cache:
         held in slots 2 3 0 1; three more from 6 on take slots 2 3 0, and 2 .. 8 come back.
         """
         start = int(positions[0])
-        held = start % self.window if self.chunked else min(start, self.size)
-        slots = torch.arange(start - held, start, device=k.device) % self.size
+        earlier = start % self.window if self.chunked else min(start, self.size)
+        slots = torch.arange(start - earlier, start, device=k.device) % self.size
         seen_k = torch.cat((self.k[:, :, slots], k), 2)
         seen_v = torch.cat((self.v[:, :, slots], v), 2)
         self.store(k, v, positions)
@@ -754,7 +757,8 @@ class Cache:
         """Store one token at position (1,) and let it attend: q (B, H, 1, D) -> the same."""
         self.store(k, v, position)
         slot = torch.arange(self.size, device=q.device)
-        held = position - (position - slot) % self.size  # whose token a slot holds; < 0: nobody's
+        # The position whose token each slot holds. It is negative in a slot that is still empty.
+        held = position - (position - slot) % self.size
         seen = visible(position, held, self.window, self.chunked)
         seen = seen & (held >= 0)
         # The H / G queries that share a head's keys stand where SDPA expects the tokens of a row.
@@ -788,7 +792,7 @@ LOSS_SLICE = 2**29  # logits in memory at once while a loss is computed
 
 
 def loss_slices(x, weight, targets):
-    """Split the rows of x (N, d) and targets (N,) alike, so that a slice has LOSS_SLICE logits."""
+    """Split x (rows, d) and targets (rows,) alike, so that a slice has LOSS_SLICE logits."""
     rows = max(1, LOSS_SLICE // len(weight))
     return zip(x.split(rows), targets.split(rows), strict=True)
 
@@ -796,10 +800,10 @@ def loss_slices(x, weight, targets):
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy of the logits x @ weight.T, a slice of the rows at a time.
 
-    x (N, d), weight (V, d), targets (N,) with -100 to ignore -> scalar. The logits of a batch are
-    its largest tensor. Here the gradients are made while a slice of them is at hand: three matmuls,
-    none of them done again, and never more than LOSS_SLICE logits in memory. It pays where it is
-    compiled. Source of the idea: Liger Kernel, arXiv 2410.10989.
+    x (rows, d), weight (V, d), targets (rows,) with -100 to ignore -> scalar. The logits of a batch
+    are its largest tensor. Here each slice of them gives its gradients at once: three matmuls, none
+    of them repeated by the backward pass, and never more than LOSS_SLICE logits in memory. It pays
+    where it is compiled. Source of the idea: Liger Kernel, arXiv 2410.10989.
     """
 
     @staticmethod

@@ -179,8 +179,8 @@ def find_files(path, key, seen):
         yield from find_files(child, f"{key}/{child.name}", seen)
 
 
-def draw(purpose, key):
-    """A number from 0 to 1, the same on every machine, and another one for another purpose."""
+def fixed_random(purpose, key):
+    """A number from 0 to 1 for a key: the same on every machine, another for another purpose."""
     return random.Random(os.fsencode(f"{purpose} {key}")).random()
 
 
@@ -192,7 +192,7 @@ def split_texts(texts, val_frac):
     train = []
     val = []
     for key, text in texts.items():
-        split = val if draw("split", key) < val_frac else train
+        split = val if fixed_random("split", key) < val_frac else train
         split.append(text)
     wanted = val_frac * sum(map(len, texts.values()))
     if abs(sum(map(len, val)) - wanted) < wanted / 3:
@@ -216,7 +216,8 @@ PG19_BOOKS = "https://storage.googleapis.com/deepmind-gutenberg"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 TIMEOUT = 30  # seconds without a byte
 PYTHON_SIZE = 128 << 20  # characters, the last file may pass it: seconds, not minutes
-# Tests repeat themselves; a vendored copy would stand in train and val.
+# Not tests, which repeat themselves; nor tables of code points, nor vendored copies of libraries,
+# which would stand in train and in val.
 PYTHON = re.compile(
     r"(?!.*/((tests?|testing|idle_test|benchmarks|encodings|_vendor)/|test_[^/]*$)).*\.py"
 )
@@ -237,7 +238,7 @@ class DataConfig:
 
 
 @contextmanager
-def whole(path):
+def atomic_path(path):
     """A temporary path for a file or a folder, renamed to path at the end, gone after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
@@ -254,7 +255,7 @@ def download(data_dir, url):
     print(f"fetching {url}", flush=True)
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        with whole(path) as making:
+        with atomic_path(path) as making:
             _, headers = urllib.request.urlretrieve(url, making)
             check("html" not in headers.get_content_type(), f"{url} sent a web page, not data")
     except (OSError, http.client.HTTPException) as error:
@@ -273,7 +274,7 @@ def read_python():
         paths |= find_files(Path(sysconfig.get_path(place)), "lib", seen)
     texts = {}
     room = PYTHON_SIZE
-    for key in sorted(filter(PYTHON.fullmatch, paths), key=partial(draw, "choose")):
+    for key in sorted(filter(PYTHON.fullmatch, paths), key=partial(fixed_random, "choose")):
         with suppress(UsageError, OSError):
             text = read_text(paths[key])
             if not GENERATED.search(text[:1000]):
@@ -290,8 +291,9 @@ def read_named(names, data_dir):
     skipped = 0
     seen = {os.path.realpath(data_dir)}  # it never reads what it wrote
     for root in map(Path, names):
-        alone = "" if str(root) not in KNOWN else " that stands alone"
-        check(root.exists(), f"{root} is no file, no folder and none of {', '.join(KNOWN)}{alone}")
+        joined = str(root) in KNOWN and not root.exists()
+        check(not joined, f"{root} is a dataset of its own: name it alone, without other texts")
+        check(root.exists(), f"{root} is no file, no folder and none of {', '.join(KNOWN)}")
         for key, path in find_files(root, str(root), seen):
             try:
                 texts[key] = read_text(path)
@@ -309,7 +311,7 @@ def read_books(part, fetch):
     """Yield the books of a part of pg19 (arXiv 1911.05507); the first are a fair sample."""
     # This pattern cannot lead elsewhere, whatever the list holds.
     names = re.findall(rf"{part}/\d+\.txt", read_text(fetch(f"{PG19}/{part}_files.txt")))
-    for name in sorted(names, key=partial(draw, "choose")):
+    for name in sorted(names, key=partial(fixed_random, "choose")):
         yield read_text(fetch(f"{PG19_BOOKS}/{name}"))
 
 
@@ -381,12 +383,12 @@ def write_tokens(path, arrays, enc):
     return counts
 
 
-def make(cfg, folder, settings):
+def write_dataset(cfg, folder, settings):
     """Write the token files of cfg and meta.json to folder, which appears when all are written."""
     enc = encoding(settings["tokenizer"])
     meta = settings | dict(vocab_size=enc.n_vocab, eot=enc.eot_token, dtype=token_dtype(enc),
                            source=f"read by Python {sys.version.split()[0]}")
-    with whole(folder) as making:
+    with atomic_path(folder) as making:
         making.mkdir()
         train, val = read_corpus(cfg, enc)
         meta |= write_tokens(making / "train.bin", train, enc)
@@ -412,7 +414,7 @@ def prepare(cfg):
         print(f"{folder} is there already: delete it to make it anew")
     else:
         try:
-            make(cfg, folder, settings)
+            write_dataset(cfg, folder, settings)
         except OSError:
             if not folder.exists():  # or else another process has made it meanwhile
                 raise
@@ -443,7 +445,7 @@ class Data(NamedTuple):
               f"{self.folder} holds ids beyond its vocabulary: delete it, make it anew")
         return rows
 
-    def __reduce__(self):  # another process opens the files itself
+    def __reduce__(self):  # to pickle: a worker process opens the files itself
         return load_data, (self.folder,)
 
 
@@ -544,7 +546,7 @@ def run_main(main):
 
 def write_atomically(path, text):
     """Write text so that a reader finds the old file or the new one, never a half."""
-    with whole(Path(path)) as making:
+    with atomic_path(Path(path)) as making:
         making.write_text(text, "utf-8")
 
 

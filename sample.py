@@ -24,11 +24,11 @@ The probes
                fact ("needle"), the question and the answer so far ("qc") and the rest ("context").
                Entropy is in bits. Means over heads, queries and rows.
 
-How to read them: rows are cut from text that the model was not trained on. Every length scores the
-same target tokens, so columns differ only in how much context stands before the targets; what is
-put into a row stands at the same share of it, so farther back in a longer row. Read loss beside the
-others: a model of windows alone keeps its loss and retrieves nothing. The numbers are kept in the
-run's probe.json; a later call replaces it.
+How to read them: rows are cut from text that the model was not trained on. The same tokens are
+scored at every length, with more or less context before them. What is put into a row stands at the
+same share of its length, so farther back in a longer row. Read loss beside the others: a model of
+windows alone keeps its loss and retrieves nothing. The numbers are kept in the run's probe.json; a
+later call replaces it.
 
 Does NOT include: speed, memory and RULER's tasks (see results/), models of transformers other than
 cohere2, chat, beam search.
@@ -41,7 +41,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import prepare_data
-from model import ModelConfig, UsageError, advise, attend, check, check_ranges, flag, visible
+from model import ModelConfig, UsageError, check, check_ranges, flag, visible, warn
 from train import (
     DTYPES,
     RESUMABLE,
@@ -74,7 +73,7 @@ TOKENS_AT_ONCE = 2**17  # in a batch of rows
 LOGITS_AT_ONCE = 2**28
 BEGIN = 10  # tokens at a row's beginning, which draw attention whatever they say
 PARTS = 32  # of the context, in the curve of attention by position
-instead = partial(flag, None, "instead of the run's", group="the model, changed for the probes")
+override = partial(flag, None, "instead of the run's", group="the model, changed for the probes")
 text_flag = partial(flag, group="text generation")
 
 
@@ -94,11 +93,11 @@ class SampleConfig:
     show_attention: bool = flag(False, "where a token looks: the prompt's last, or of a question")
     export: str = flag("", "folder to write model and tokenizer to, for transformers")
     plot: str = flag("", "file of the figure; empty: probe.png in the first run")
-    block_size: int | None = instead()
-    log_scale: bool | None = instead()
-    window: int | None = instead()
-    rope_theta: float | None = instead()
-    attention: str | None = instead()
+    block_size: int | None = override()
+    log_scale: bool | None = override()
+    window: int | None = override()
+    rope_theta: float | None = override()
+    attention: str | None = override()
     prompt: str | None = text_flag(None, "text to continue; FILE:path reads a file, - stdin")
     max_new_tokens: int = text_flag(500, "tokens to generate", least=1)
     temperature: float = text_flag(0.8, "0: always the likeliest token")
@@ -112,7 +111,9 @@ class SampleConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        names = self.probe.split(",") + ["heatmap"] * self.heatmap
+        names = self.probe.split(",")
+        if self.heatmap:
+            names.append("heatmap")
         check(set(names) <= PROBES.keys(),
               f"--probe={self.probe}: choose from {', '.join(PROBES)}")
         self.probes = [name for name in PROBES if name in names]
@@ -211,7 +212,7 @@ class Run:
         n_vocab = self.enc.n_vocab
         size = min(TOKENS_AT_ONCE // rows.shape[1], LOGITS_AT_ONCE // (n * n_vocab))
         m = LOGITS_AT_ONCE // n_vocab  # of a single row whose logits are too many
-        for batch in self.machine.put(rows).split(max(1, size)):
+        for batch in self.machine.to_device(rows).split(max(1, size)):
             with self.machine.autocast():
                 x = self.model.hidden(batch[:, :-1], first=batch.size(1) - 1 - n)
             for some, targets in zip(x.split(m, 1), batch[:, -n:].split(m, 1), strict=True):
@@ -224,7 +225,7 @@ class Run:
 # ---- The probes: each gives numbers by name, for a run and a length of context ------------------
 
 
-def score(run, rows, n):
+def bits_of_last(run, rows, n):
     """Bits per byte of the last n tokens of each row."""
     nats = 0.0
     for logits, targets in run.predict(rows, n):
@@ -234,15 +235,15 @@ def score(run, rows, n):
 
 
 def probe_loss(run, length):
-    return dict(bits_per_byte=score(run, run.rows(length), run.T // 4))
+    return dict(bits_per_byte=bits_of_last(run, run.rows(length), run.T // 4))
 
 
 def probe_copy(run, length):
     rows = run.rows(length)
     n = passage_length(run.T)
-    first = score(run, rows, n)
+    first = bits_of_last(run, rows, n)
     plant_passage(rows, n, stream("copy", run.cfg.seed).random(len(rows)))
-    return dict(again=score(run, rows, n), first=first)
+    return dict(again=bits_of_last(run, rows, n), first=first)
 
 
 WORDINGS = (  # before the answer | the answer | after it
@@ -271,9 +272,11 @@ def new_facts(run, rng):
 def plant(run, row, i, depth=None):
     """Row i with facts in its text, a question at its end, and the answer.
 
-    depth: where the fact that is asked for stands, 0 .. 1; None: at random like the others.
-    Returns ids (tokens of the row,), tokens of the answer, and three places in ids: where the fact
-    that is asked for begins and ends, and where the question begins.
+        text fact text FACT text fact fact text | question answer
+
+    depth: where the FACT that is asked for stands, 0 .. 1; None: at random like the others.
+    Returns ids (tokens of the row,), tokens of the answer, and three places in ids: where the FACT
+    begins and ends, and where the question begins.
     """
     rng = stream("needle", run.cfg.seed, i)
     facts = new_facts(run, rng)
@@ -282,7 +285,7 @@ def plant(run, row, i, depth=None):
         depths[0] = depth
     question = np.concatenate(facts[0][:2])
     wholes = [np.concatenate(fact) for fact in facts]
-    sizes = np.array([*map(len, wholes)])
+    sizes = np.array([len(whole) for whole in wholes])
     needed = sizes.sum() + len(question)
     check(needed <= len(row), f"{run.folder}: facts and question take {needed} tokens, a row at "
           f"1x has {len(row)}: use fewer --needles or --digits, or --probe=loss,copy")
@@ -317,21 +320,23 @@ def watch_attention(run, row, n, see):
     Only these queries' weights are computed: memory is linear in the row. Returns what run.predict
     yields.
     """
-    letters = iter(run.model.config.layers)
 
-    def watch(q, k, v, window, chunked, path):
-        """Stands in for attend, which does not tell its weights."""
-        queries = q[0, :, -n:].float()
-        keys = k[0].float().repeat_interleave(len(queries) // k.size(1), 0)
-        j = torch.arange(k.size(2), device=k.device)
-        seen = visible(j[-n:, None], j, window, chunked)
+    def watch(layer, inputs, where):
+        q, k, _ = layer.qkv(*inputs, where["rotation"], where["query_scale"])
+        q = q[0, :, -n:].float()
+        k = k[0].float().repeat_interleave(len(q) // k.size(1), 0)
+        j = torch.arange(k.size(1), device=k.device)
+        seen = visible(j[-n:, None], j, layer.window, layer.chunked)
         with torch.autocast(k.device.type, enabled=False):  # or the scores are rounded again
-            scores = queries @ keys.mT / math.sqrt(k.size(3))
-        see(next(letters), scores.masked_fill(~seen, -math.inf).softmax(-1))
-        return attend(q, k, v, window, chunked, path)
+            scores = q @ k.mT / math.sqrt(layer.head_dim)
+        see(layer.letter, scores.masked_fill(~seen, -math.inf).softmax(-1))
 
-    with patch("model.attend", watch):
-        return list(run.predict(row[None], n))
+    hooks = [block.self_attn.register_forward_pre_hook(watch, with_kwargs=True)
+             for block in run.model.layers]
+    predicted = list(run.predict(row[None], n))
+    for hook in hooks:
+        hook.remove()
+    return predicted
 
 
 def attention_numbers(weights, cuts):
@@ -381,27 +386,28 @@ def open_runs(cfg):
 
 def check_runs(runs, cfg):
     """Refuse what cannot be measured before minutes go into what can; tell of overlap."""
-    alike = len({run.T for run in runs}) == 1
-    advise(alike, "runs of different training contexts score different tokens: compare along a "
-           "line")
+    if len({run.T for run in runs}) > 1:
+        warn("runs of different training contexts score different tokens: compare along a line")
     for run in runs:
         if set(cfg.probes) - {"loss", "copy"}:
             plant_all(run, run.T)
         step = run.meta["step"]
         wanted = run.train.max_iters
-        advise(step >= wanted, f"{run.folder} was stopped at step {step} of {wanted}")
+        if step < wanted:
+            warn(f"{run.folder} was stopped at step {step} of {wanted}")
         n = run.T // 4
         room = len(run.text) - run.ends[0]
-        advise(room >= n * (cfg.samples - 1), f"{run.folder}: the text is short, so that rows "
-               f"score some tokens twice: use --samples={room // n + 1} or fewer, or a smaller "
-               "--max_multiple")
+        if room < n * (cfg.samples - 1):
+            warn(f"{run.folder}: the text is short, so that rows score some tokens twice: use "
+                 f"--samples={room // n + 1} or fewer, or a smaller --max_multiple")
 
 
 def measure(run):
     """Fill run.found and write it to probe.json in the run's folder."""
     for probe in run.cfg.probes:
         bar = tqdm(run.lengths, f"{run.folder} {probe}", disable=None)
-        advise(not bar.disable, f"{run.folder}: {probe}")  # where there is no terminal for a bar
+        if bar.disable:  # there is no terminal to show it on
+            warn(f"{run.folder}: {probe}")
         for length in bar:
             run.found[probe][length] = PROBES[probe](run, length)
     about = provenance(run.machine, settings=vars(run.cfg), model=vars(run.model.config))
@@ -542,7 +548,7 @@ def write_text(run, prompt):
     """Print the prompt and what follows it."""
     cfg = run.cfg
     end = run.enc.eot_token
-    idx = run.machine.put(encode_prompt(run, prompt)[None])
+    idx = run.machine.to_device(encode_prompt(run, prompt)[None])
     torch.manual_seed(cfg.seed)
     with run.machine.autocast():
         out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
@@ -566,7 +572,8 @@ def show_attention(run, prompt):
 
     def see(letter, weights):
         shares = weights.mean((0, 1))
-        surest[letter] = max(surest.get(letter, shares), shares, key=torch.max)
+        if letter not in surest or shares.max() > surest[letter].max():
+            surest[letter] = shares
 
     def words(start, stop):
         return run.enc.decode(ids[max(0, start) : stop].tolist()).replace("\n", "⏎")

@@ -40,11 +40,11 @@ from model import (
     PRESETS,
     ModelConfig,
     UsageError,
-    advise,
     check,
     check_ranges,
     choose_path,
     flag,
+    warn,
 )
 
 SCALES = {  # defaults that fit the machine; flags given beat them
@@ -52,7 +52,7 @@ SCALES = {  # defaults that fit the machine; flags given beat them
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32,
         batch_size=8, max_iters=2500, warmup_iters=60, learning_rate=4e-3,
     ),
-    "gpu": dict(),  # the dataclasses' own defaults: 25M parameters
+    "gpu": dict(),  # the dataclasses' own defaults: 25.9M parameters
 }  # fmt: skip
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -79,7 +79,7 @@ class TrainConfig:
     scale: str = flag("auto", "named set of defaults", choices=("auto", *SCALES), group="model")
     dataset: str = data_flag("python", "folder under data_dir that prepare_data.py wrote")
     data_dir: str = data_flag("data", "where prepared datasets are")
-    repeat_frac: float = data_flag(0.28, "length of the copied spans over that of the row; 0: none",
+    repeat_frac: float = data_flag(0.28, "length of a row's copied spans over its own; 0: none",
                                    most=0.9)
     long_rows: int = data_flag(0, "tokens of a row in long steps; 0: none")
     long_frac: float = data_flag(0.5, "share of steps that are long", most=1)
@@ -98,8 +98,8 @@ class TrainConfig:
     min_lr: float = flag(0.0, "learning rate at the end")
     warmup_iters: int = flag(30, "steps of linear warm-up")
     weight_decay: float = flag(0.1, "weight decay of the matrices")
-    beta1: float = flag(0.9, "AdamW", most=0.9999)
-    beta2: float = flag(0.95, "AdamW", most=0.9999)
+    beta1: float = flag(0.9, "AdamW's, of the mean gradient", most=0.9999)
+    beta2: float = flag(0.95, "AdamW's, of the mean squared gradient", most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
     seed: int = flag(1337, "seed of the weights and the batches", most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -160,25 +160,25 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def put(self, rows):
+    def to_device(self, rows):
         """Token ids, an array or a tensor, as an int64 tensor on the device."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         if self.cuda:  # from pinned memory, the host need not wait for the copy
             rows = rows.pin_memory()
         return rows.to(self.device, non_blocking=True)
 
-    def together(self, tensor, op=dist.ReduceOp.SUM):
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM):
         """The sum, or another op, of the processes' tensors, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, op)
         return tensor
 
-    def wait(self):
+    def barrier(self):
         """Until all processes have come here."""
         if self.world > 1:
             dist.barrier()
 
-    def say(self, text):
+    def print0(self, text):
         """Print, once for all processes, above the bar where there is one."""
         if self.rank == 0:
             tqdm.write(text)
@@ -207,21 +207,25 @@ def torchrun_ranks():
 
 
 def stream(name, *numbers):
-    """A random generator of its own for each name and numbers: no two share what they draw."""
+    """A random generator of its own for each use, told by a name, and for each number in it.
+
+    No name may begin another one, or their numbers might meet.
+    """
     return np.random.default_rng([*name.encode(), *numbers])
 
 
 def repeat_spans(row, frac, rng):
-    """Copy spans of a row (T,) to later places in it, in place, of frac * T tokens or a bit more.
+    """Copy spans of a row (T,) to later places in it, in place.
 
-    Lengths are log-uniform up to 128 tokens or half of the row, distances are any. To predict
-    a copy, a model has to find the span in its context: that is how it learns to retrieve.
+    Spans are copied until their lengths add up to frac * T or more. Lengths are log-uniform from 12
+    tokens to 128, in a short row to half of it. Distances are any. To predict a copy, a model has
+    to find the span in its context: that is how it learns to retrieve.
     """
     T = len(row)
     longest = min(128, T // 2)
     left = frac * T
     while left > 0:
-        length = 1 + int(longest * 11 ** -rng.random())
+        length = 1 + int(longest * 11 ** -rng.random())  # the shortest is an eleventh of it
         target = rng.integers(length, T - length + 1)
         source = rng.integers(0, target - length + 1)
         row[target : target + length] = row[source : source + length]
@@ -250,6 +254,7 @@ class Batches:
         cfg = self.cfg
         step = n // cfg.gradient_accumulation_steps
         length = self.T
+        # Evenly spread: the share of the steps so far that are long stays close to long_frac.
         if cfg.long_rows and int((step + 1) * cfg.long_frac) > int(step * cfg.long_frac):
             length = cfg.long_rows
         count = cfg.batch_size * self.T // length  # as many tokens, whatever the length
@@ -311,15 +316,15 @@ def estimate_loss(model, data, cfg, T, machine):
     for i in range(machine.rank, n, stride):
         some = slice(i, i + stride, machine.world)
         rows = data.rows(data.val, starts[some], T + 1)
-        sums[0] += score(model, rows, T, machine)
+        sums[0] += sum_losses(model, rows, T, machine)
         plant_passage(rows, passage, places[some])
-        sums[1] += score(model, rows, passage, machine)
-    return [nats / n for nats in machine.together(sums).tolist()]
+        sums[1] += sum_losses(model, rows, passage, machine)
+    return [nats / n for nats in machine.all_reduce(sums).tolist()]
 
 
-def score(model, rows, n, machine):
+def sum_losses(model, rows, n, machine):
     """Mean nats of the last n tokens of each row (B, tokens), summed over the rows."""
-    x = machine.put(rows)
+    x = machine.to_device(rows)
     targets = x[:, 1:].clone()
     targets[:, :-n] = -100
     with machine.autocast():
@@ -381,12 +386,13 @@ def orthogonalise(x, group):
 def make_optimizers(model, cfg):
     """AdamW, or Muon for the hidden matrices, at one learning rate. Decay is on matrices only."""
     norms = [p for p in model.parameters() if p.dim() == 1]
-    decayed = [p for p in model.parameters() if p.dim() == 2]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
     optimizers = []
     if cfg.optimizer == "muon":
-        optimizers.append(BatchedMuon(decayed[1:], cfg.learning_rate, cfg.weight_decay))
-        decayed = decayed[:1]  # the embedding
-    groups = [dict(params=decayed, weight_decay=cfg.weight_decay),
+        embedding, *hidden = matrices
+        optimizers.append(BatchedMuon(hidden, cfg.learning_rate, cfg.weight_decay))
+        matrices = [embedding]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
               dict(params=norms, weight_decay=0.0)]
     betas = (cfg.beta1, cfg.beta2)
     optimizers.append(torch.optim.AdamW(groups, cfg.learning_rate, betas, fused=True))
@@ -416,7 +422,7 @@ def learning_rate(step, cfg):
 # ---- Runs: what is kept of them -----------------------------------------------------------------
 
 
-VERSION = 2  # of what a step computes: runs of another one are not resumed
+VERSION = 2  # raised when a step computes something else: older runs cannot resume then
 
 
 def save_checkpoint(run, step):
@@ -444,7 +450,7 @@ def newest_run(root="out"):
 
 
 def is_pretrained(name):
-    """Is name a folder of a model of transformers, or what can only be an id on its hub?"""
+    """True for a folder with a model of transformers, and for ORGANISATION/NAME on its hub."""
     config = Path(name, "config.json")
     if config.is_file():
         return "model_type" in config.read_text(errors="replace")
@@ -454,7 +460,8 @@ def is_pretrained(name):
 
 def load_pretrained(folder):
     """A cohere2 model of transformers with its tokenizer, as load_checkpoint gives a run."""
-    advise(Path(folder).exists(), f"there is no folder {folder} here: asking the hub for it")
+    if not Path(folder).exists():
+        warn(f"there is no folder {folder} here: asking the hub for it")
     model = GPT.from_pretrained(folder)
     dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     cfg = TrainConfig(dtype=dtype)
@@ -581,7 +588,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def catch_signals():
-    """A list that Ctrl-C and SIGTERM add their number to: the loop finishes its step, and stops."""
+    """A list that Ctrl-C and SIGTERM add their number to: the loop stops after its step."""
     heard = [0]
     before = {}
 
@@ -640,14 +647,14 @@ class Log:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.shown > 5:
-            run.machine.say(f"step {step:5d}/{cfg.max_iters} | {text}{eta}")
+            run.machine.print0(f"step {step:5d}/{cfg.max_iters} | {text}{eta}")
             self.shown = now
 
 
 # ---- From flags to a run ------------------------------------------------------------------------
 
 
-def settle(given):
+def make_configs(given):
     """Flags given -> (TrainConfig, ModelConfig): they beat the preset, which beats the scale."""
     preset = given.get("preset", TrainConfig.preset)
     flags = SCALES.get(given["scale"], {}) | PRESETS.get(preset, {}) | given
@@ -662,9 +669,9 @@ def warn_idle(given, config):
     used = {"log_scale": "N", "attn_scale": "N", "window": "SWC", "rope_theta": "RSC",
             "rope_theta_full": "R"}
     for name, letters in used.items():
-        idle = given.get(name) and not set(letters) & set(config.layers)
-        advise(not idle, f"--{name} changes nothing: pattern {config.pattern} has no layer "
-               f"{' or '.join(letters)}")
+        if given.get(name) and not set(letters) & set(config.layers):
+            warn(f"--{name} changes nothing: pattern {config.pattern} has no layer "
+                 f"{' or '.join(letters)}")
 
 
 def open_dataset(cfg, T, machine):
@@ -672,7 +679,7 @@ def open_dataset(cfg, T, machine):
     folder = Path(cfg.data_dir, cfg.dataset)
     if cfg.dataset == "python" and not folder.exists() and machine.rank == 0:
         prepare_data.prepare(prepare_data.DataConfig(data_dir=cfg.data_dir))
-    machine.wait()
+    machine.barrier()
     data = prepare_data.load_data(folder)
     check(len(data.val) > T, f"{folder} has {len(data.val)} validation tokens: too few for "
           f"--block_size={T}")
@@ -699,42 +706,43 @@ class Run:
     log_file: object = None  # log.jsonl, in the first process
 
 
-def inherit(given):
+def read_parent(given):
     """Flags given -> (checkpoint to start from or None, flags with what its run hands down)."""
     if given.get("resume"):
         folder = str(given.get("out_dir") or newest_run())
         other = [f"--{name}" for name in sorted(set(given) - RESUMABLE)]
         check(not other, f"{', '.join(other)} cannot change with --resume: choose one, or start a "
               f"second stage with --init_from={shlex.quote(folder)}")
-        before = load_checkpoint(folder)
-        check(before.get("version") == VERSION, f"{folder} was begun by another version of "
+        checkpoint = load_checkpoint(folder)
+        check(checkpoint.get("version") == VERSION, f"{folder} was begun by another version of "
               "train.py, whose steps differ: resume it there, or use "
               f"--init_from={shlex.quote(folder)}")
-        flags = asdict(before["train_config"]) | asdict(before["model_config"]) | given
-        return before, flags | dict(out_dir=folder)
+        flags = asdict(checkpoint["train_config"]) | asdict(checkpoint["model_config"]) | given
+        return checkpoint, flags | dict(out_dir=folder)
     if given.get("init_from"):
-        before = load_model(given["init_from"])
-        kept = {name: getattr(before["train_config"], name) for name in INHERITED}
+        checkpoint = load_model(given["init_from"])
+        kept = {name: getattr(checkpoint["train_config"], name) for name in INHERITED}
         preset = kept["preset"]
-        check(given.get("preset", preset) == preset, f"--preset: {before['folder']} is {preset} "
-              "and stays so; single flags of the model may differ, such as --log_scale")
-        return before, kept | asdict(before["model_config"]) | given
+        check(given.get("preset", preset) == preset,
+              f"--preset: {checkpoint['folder']} is {preset} and stays so; single flags of the "
+              "model may differ, such as --log_scale")
+        return checkpoint, kept | asdict(checkpoint["model_config"]) | given
     return None, given
 
 
-def begin(given):
+def make_run(given):
     """Flags -> a Run, new or resumed. Errors come before any file of the run is written."""
-    before, given = inherit(given)
+    checkpoint, given = read_parent(given)
     machine = Machine(given.get("device", "auto"), given.get("dtype", "auto"), *torchrun_ranks())
     if given.get("scale", "auto") == "auto":
         given = given | dict(scale="gpu" if machine.cuda else "cpu")
-    cfg, model_cfg = settle(given)
+    cfg, model_cfg = make_configs(given)
     T = model_cfg.block_size
     check_rows(cfg, T, machine.world)
     choose_path(model_cfg.attention, machine.device, machine.dtype, model_cfg.head_dim)
     data = open_dataset(cfg, T, machine)
     folder = choose_out_dir(cfg, model_cfg.pattern)
-    machine.wait()  # until all have chosen, before one of them makes the folder
+    machine.barrier()  # until all have chosen, before one of them makes the folder
     size = data.meta["vocab_size"]
     if "vocab_size" not in given:  # a multiple of 64 keeps the matmuls of the head well aligned
         model_cfg = replace(model_cfg, vocab_size=math.ceil(size / 64) * 64)
@@ -744,24 +752,26 @@ def begin(given):
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
     run = Run(machine, cfg, data, model, make_optimizers(model, cfg), folder, T)
-    if before:
-        go_on(run, before)
+    if checkpoint:
+        restore(run, checkpoint)
     return run
 
 
-def go_on(run, before):
+def restore(run, checkpoint):
     """Start from a checkpoint: from its weights, and in a resumed run from where it stood."""
     key = "train_sha256" if run.cfg.resume else "tokenizer"
-    check(run.data.meta[key] == before["meta"][key], f"{run.data.folder} is not the text, or not "
-          f"the tokens, that {before['folder']} learnt from (by prepare_data.py "
-          f"--tokenizer={before['meta']['tokenizer']})")
-    load_weights(run.model, before)
-    run.stage = before["stage"] + 1
-    if run.cfg.resume:
-        run.stage = before["stage"]
-        run.step = before["step"]
-        run.written = before["written"]
-        for optimizer, saved in zip(run.optimizers, before["optimizers"], strict=True):
+    alike = run.data.meta[key] == checkpoint["meta"][key]
+    check(alike, f"{run.data.folder} is not the text, or not the tokens, that "
+          f"{checkpoint['folder']} learnt from (by prepare_data.py "
+          f"--tokenizer={checkpoint['meta']['tokenizer']})")
+    load_weights(run.model, checkpoint)
+    if not run.cfg.resume:
+        run.stage = checkpoint["stage"] + 1
+    else:
+        run.stage = checkpoint["stage"]
+        run.step = checkpoint["step"]
+        run.written = checkpoint["written"]
+        for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
 
@@ -777,7 +787,7 @@ def check_rows(cfg, T, world):
           f"{world}, the number of processes")
 
 
-def announce(run):
+def print_header(run):
     """Write config.json and tell the user what is going to happen."""
     cfg = run.cfg
     size = run.model.num_params()
@@ -799,20 +809,20 @@ def announce(run):
 
 def train(given):
     """Train by these flags. -> (folder of the run, number of the signal that stopped it, or 0)."""
-    run = begin(given)
+    run = make_run(given)
     began = time.time()
     main = run.machine.rank == 0
     log_file = open_log(run) if main else nullcontext()
     with log_file as run.log_file, catch_signals() as heard:
         if main:
             warn_idle(given, run.model.config)
-            announce(run)
+            print_header(run)
         step, stopped = train_loop(run, heard)
     folder = shlex.quote(run.cfg.out_dir)
     told = f"done in {time.time() - began:.0f} s: python sample.py {folder}"
     if stopped:
         told = f"stopped at step {step}: python train.py --resume --out_dir={folder} goes on"
-    run.machine.say(told)
+    run.machine.print0(told)
     if run.machine.world > 1:
         dist.destroy_process_group()
         # Gloo's threads may need the GIL to let go of the last tensors, and freeing the DDP model
@@ -837,7 +847,7 @@ def train_loop(run, heard):
         lr = learning_rate(step, cfg)
         step_loss = 0
         for micro in range(micro_steps):
-            x, y = map(machine.put, next(batches))
+            x, y = map(machine.to_device, next(batches))
             if machine.world > 1:  # gradients are averaged once, with the last micro-batch
                 model.require_backward_grad_sync = micro == micro_steps - 1
             with machine.autocast():
@@ -855,19 +865,22 @@ def train_loop(run, heard):
         length = x.size(1)
         if length not in lengths:  # the first step of a length compiles: it is timed apart
             lengths.add(length)
-            machine.say(f"first step of {length}-token rows took {machine.clock() - began:.1f} s")
+            seconds = machine.clock() - began
+            machine.print0(f"first step of {length}-token rows took {seconds:.1f} s")
             log.start_clock(step)
         # A signal that any process has heard stops all of them, at one step.
-        stopped = int(machine.together(torch.tensor(heard[-1]), dist.ReduceOp.MAX))
+        stopped = int(machine.all_reduce(torch.tensor(heard[-1]), dist.ReduceOp.MAX))
         due = stopped or step % cfg.eval_interval == 0 or step == cfg.max_iters
         if due or step % cfg.log_interval == 0:
-            loss = machine.together(step_loss).item() / machine.world
+            loss = machine.all_reduce(step_loss).item() / machine.world
             check_finite("loss", loss, step, run)
             log.progress(step, loss, lr)
             if due:
                 evaluate_and_save(run, step, log)
             log.start_clock(step)
-    return step, stopped if step < cfg.max_iters else 0
+    if step == cfg.max_iters:
+        stopped = 0  # a signal during the last step changes nothing
+    return step, stopped
 
 
 def evaluate_and_save(run, step, log):
@@ -877,8 +890,8 @@ def evaluate_and_save(run, step, log):
     bits = bits_per_byte(loss, run.data.meta)
     copy = bits_per_byte(again, run.data.meta)
     log.write(step=step, val_loss=loss, bits_per_byte=bits, copy=copy)
-    run.machine.say(f"step {step:5d}/{run.cfg.max_iters} | val loss {loss:.4f} nats | {bits:.4f} "
-                    f"bits per byte, {copy:.4f} in a passage seen again")
+    run.machine.print0(f"step {step:5d}/{run.cfg.max_iters} | val loss {loss:.4f} nats | "
+                       f"{bits:.4f} bits per byte, {copy:.4f} in a passage seen again")
     if run.machine.rank == 0:
         save_checkpoint(run, step)
 
@@ -890,8 +903,8 @@ def check_finite(name, value, step, run):
 
 
 @contextmanager
-def explain_losses():
-    """Turn the many errors that the death of another process causes into one line."""
+def explain_lost_process():
+    """Say in one line that another process has ended: torch has many errors for that."""
     try:
         yield
     except (EOFError, ConnectionError, RuntimeError) as error:
@@ -908,7 +921,7 @@ def main(argv):
     groups = {"model": ModelConfig, "training": TrainConfig}
     given = prepare_data.parse_flags(groups, argv, __doc__, scales)
     # Twice: a signal may tell torch that a worker has died while its first error is explained.
-    with explain_losses(), explain_losses():
+    with explain_lost_process(), explain_lost_process():
         folder, signalled = train(given)
     if signalled:
         sys.exit(128 + signalled)  # as a shell counts it: `train && sample` does not go on

@@ -105,7 +105,7 @@ class Text:
         nats = 0.0
         for some in starts.astype(int).reshape(batches, batch_size):
             rows = self.data.rows(self.data.val, some, self.T + 1)
-            nats += train.score(model, rows, self.T, self.machine).item()
+            nats += train.sum_losses(model, rows, self.T, self.machine).item()
         return train.bits_per_byte(nats / len(starts), self.data.meta)
 
 

@@ -467,7 +467,7 @@ def test_lm_eval_finds_our_bits_per_byte(exported, tmp_path, monkeypatch):
         ids = prepare_data.encode(run.enc, doc)
         assert len(ids) <= run.T
         row = np.concatenate([[run.enc.eot_token], ids])[None]
-        bits += sample.score(run, row, len(ids)) * len(doc.encode())
+        bits += sample.bits_of_last(run, row, len(ids)) * len(doc.encode())
     ours = 2 ** (bits / len("".join(docs).encode()))
     assert found["results"]["ours"]["byte_perplexity,none"] == pytest.approx(ours, rel=1e-3)
 
@@ -578,7 +578,7 @@ def test_rows_begin_as_the_texts_of_their_tokenizer_do(copied, opened):
     seen = []
     hook = run.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     rows = run.rows(T)
-    sample.score(run, rows, 4)
+    sample.bits_of_last(run, rows, 4)
     sample.show_attention(run, "a prompt")
     hook.remove()
     assert all((idx[:, 0] == 0).all() for idx in seen)

@@ -62,7 +62,7 @@ TRAIN = [
 PREPARE = [
     (["--dataset=pythn"], "none of python, shakespeare"),
     (["--dataset=missing.txt"], "missing.txt is no file"),
-    (["--dataset", "python", "good.txt"], "python is no file"),
+    (["--dataset", "python", "good.txt"], "python is a dataset of its own"),
     (["--dataset=empty.txt"], "empty.txt is empty"),
     (["--dataset=binary.bin"], "binary.bin is not text"),
     (["--dataset=latin1.txt"], "save it as UTF-8"),

@@ -365,14 +365,14 @@ def test_a_run_that_another_process_has_trained_meanwhile_is_left_alone(
     if resumed:
         train.train(given)
         given = dict(resume=True, out_dir=folder)
-    stale = train.begin(given)
+    stale = train.make_run(given)
     other = fit(tmp_path / "other", "--max_iters=3")
     folder.mkdir(exist_ok=True)
     names = ("ckpt.pt", "log.jsonl", "config.json")
     for name in names:
         shutil.copyfile(other / name, folder / name)
     before = [(folder / name).read_bytes() for name in names]
-    monkeypatch.setattr(train, "begin", lambda given: stale)
+    monkeypatch.setattr(train, "make_run", lambda given: stale)
     with pytest.raises(UsageError, match="another process has just trained in .*run: start again"):
         train.train(given)
     assert [(folder / name).read_bytes() for name in names] == before
@@ -417,7 +417,7 @@ def test_a_log_keeps_its_lines_up_to_the_checkpoint(tmp_path, end, tail):
 
 def test_of_two_runs_that_chose_a_folder_at_once_one_is_refused(fit, tmp_path, monkeypatch):
     """Both looked before either wrote: so do runs that a shell starts together."""
-    real = train.begin
+    real = train.make_run
     runs = []
 
     def begin_both(given):
@@ -425,13 +425,13 @@ def test_of_two_runs_that_chose_a_folder_at_once_one_is_refused(fit, tmp_path, m
         return runs[0]
 
     def second_begins(run, heard):
-        monkeypatch.setattr(train, "begin", lambda given: runs[1])
+        monkeypatch.setattr(train, "make_run", lambda given: runs[1])
         monkeypatch.setattr(train, "train_loop", lambda run, heard: (0, 0))
         with pytest.raises(UsageError, match="--out_dir"):
             fit(tmp_path / "run")
         return 0, 0
 
-    monkeypatch.setattr(train, "begin", begin_both)
+    monkeypatch.setattr(train, "make_run", begin_both)
     monkeypatch.setattr(train, "train_loop", second_begins)
     fit(tmp_path / "run")
     assert '"seed": 1337' in (tmp_path / "run" / "config.json").read_text()

@@ -648,7 +648,7 @@ def test_no_text_is_told_with_what_a_text_is(tmp_path):
     (tmp_path / "empty").mkdir()
     for names, told in (
         ((str(tmp_path / "empty"),), "no text in .*: files have to be UTF-8, and outside"),
-        (("python", str(tmp_path)), "python is no file.* that stands alone"),
+        (("python", str(tmp_path)), "python is a dataset of its own"),
     ):
         with pytest.raises(UsageError, match=told):
             pd.prepare(pd.DataConfig(dataset=names, data_dir=str(tmp_path / "data")))

@@ -94,7 +94,7 @@ def test_a_command_is_understood(command):
 @pytest.mark.parametrize("command", [command for command in RUN if "train.py" in command])
 def test_a_training_command_fits_the_scale_of_a_gpu(command):
     given = parse_flags(CONFIGS["train.py"], script_and_flags(command)[1], "")
-    cfg, config = train.settle(given | dict(scale="gpu"))
+    cfg, config = train.make_configs(given | dict(scale="gpu"))
     train.check_rows(cfg, config.block_size, 1)
     assert config.block_size == 1024
 

@@ -230,7 +230,7 @@ def test_evaluation_is_shared_by_the_ranks_whatever_their_number(data, world):
         machine = Machine("cpu")
         machine.rank = rank
         machine.world = world
-        machine.together = lambda tensor, *op: tensor
+        machine.all_reduce = lambda tensor, *op: tensor
         total += evaluate(data, machine=machine)
     assert list(total) == pytest.approx(evaluate(data), rel=1e-5)
 
@@ -648,7 +648,7 @@ def test_help_lists_every_flag_with_its_default_in_groups(as_script):
     ],
 )
 def test_flags_beat_the_preset_which_beats_the_scale(given, pattern, n_embd, rope_theta):
-    cfg, model = train.settle(dict(scale="cpu") | given)
+    cfg, model = train.make_configs(dict(scale="cpu") | given)
     assert model.pattern == pattern
     assert model.n_embd == n_embd
     assert model.rope_theta == rope_theta
