@@ -486,10 +486,11 @@ def draw_lines(axis, panel, lines):
             y = y[:, -1]
         else:
             axis.axvline(x[0], color="gray", linestyle=":")
-        axis.plot(x, y.mean(0), "--" if name == "first" else "o-", color=f"C{n}", clip_on=False)
+        style = "--" if name == "first" else "o-" if kind in ("", "N") else "s:"
+        axis.plot(x, y.mean(0), style, color=f"C{n}", clip_on=False)
         axis.fill_between(x, y.min(0), y.max(0), color=f"C{n}", alpha=0.2)
         if name != "first":
-            ends.append((y[:, -1].mean(), x[-1], f"  {label} {kind}", f"C{n}"))
+            ends.append((y[:, -1].mean(), x[-1], f"   {label} {kind}", f"C{n}"))
     top = 1 if probe == "needle" else None
     axis.set(title=title, xlabel="place in the context, %", ylabel=CAPTIONS[probe], ylim=(0, top))
     axis.spines[["top", "right"]].set_visible(False)
@@ -498,11 +499,16 @@ def draw_lines(axis, panel, lines):
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params("x", rotation=30)
         axis.set_xlabel("context, tokens (dotted: in training)")
-    lowest = 0  # names that would run into each other are moved up
-    for y, x, name, color in sorted(ends):
-        height = max(lowest, y / axis.get_ylim()[1])
-        axis.text(x, height, name, color=color, transform=axis.get_xaxis_transform())
-        lowest = height + 0.05
+    # Names that would run into each other, or into the axis, are moved apart.
+    ends.sort()
+    heights = np.array([y for y, *_ in ends]) / axis.get_ylim()[1]
+    for _ in range(100):
+        overlap = (0.06 - np.diff(heights)).clip(0)
+        heights[1:] += overlap / 2
+        heights[:-1] -= overlap / 2
+        heights = heights.clip(0.03)
+    for height, (_, x, name, color) in zip(heights, ends, strict=True):
+        axis.text(x, height, name, color=color, va="center", transform=axis.get_xaxis_transform())
 
 
 def draw_map(axis, label, runs):

@@ -1,14 +1,16 @@
 """The tables and figures of the comparisons: part1.md to part3.md, ablations.md, hybrids.md.
 
-    python results/tables.py         # print the tables and draw the figures, from variants.json
+    python results/tables.py         # print the tables and draw the figures, from the .json files
 
 variants.json holds what `train.py`, `sample.py`, `ruler.py` and `bench.py` found by the commands on
-those pages, a number a seed. Cells are the mean of the seeds (least–most). The first tables of
-speed.md and cost.md come from it, too.
+those pages, one number for each seed. Cells are the mean of the seeds (least–most). The first
+tables of speed.md and cost.md come from it, too. The figure of frontier.md comes from
+frontier.json.
 """
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,10 +51,15 @@ FIGURES = {  # page: lines, probes
 }
 
 
+def rounded(x, digits):
+    """Halves go up, where Python takes 0.125 to 0.12 and 0.375 to 0.38."""
+    return f"{x + 1e-9:.{digits}f}"
+
+
 def cell(seeds, digits=2):
-    low = f"{min(seeds):.{digits}f}"
-    high = f"{max(seeds):.{digits}f}"
-    return f"{np.mean(seeds):.{digits}f} ({low}–{high})"
+    assert len(seeds) == 3, seeds
+    mean, low, high = (rounded(x, digits) for x in (np.mean(seeds), min(seeds), max(seeds)))
+    return f"{mean} ({low}–{high})"
 
 
 def markdown(head, rows):
@@ -106,7 +113,7 @@ def ruler_tasks(found, names, length):
     rows = []
     for name in names:
         scores = found["ruler"][name][length]
-        rows.append([name, *[f"{np.mean(scores[task]):.2f}" for task in tasks]])
+        rows.append([name, *[rounded(np.mean(scores[task]), 2) for task in tasks]])
     return markdown([f"{int(length):,} tokens", *tasks], rows)
 
 
@@ -120,11 +127,12 @@ def costs(found, names, T=65536):
         size = 2 * 2 * config.n_embd * sum(seen)  # keys and values, two bytes each
         rate = rates.get(name)
         rate = f"{rate:,.0f}, {rate / rates['rope']:.2f}" if rate else ""
-        validation = found["train"].get(name)
-        loss = cell(validation["validation"], 3) if validation else "as rnope-swa"
+        loss = "as rnope-swa"
+        if name != "rnope-swa-log":
+            loss = cell(found["train"][name]["validation"], 3)
         rows.append([name, config.layers, loss, f"{size / 1e6:,.0f}", rate])
-    head = ["preset", "layers", "validation, bits per byte", f"cache of {T:,} tokens, MB",
-            f"trained tokens/s at {T:,}, over rope"]
+    head = ["preset", "layers", "validation, bits per byte",
+            f"cache of {T:,} tokens, MB (computed)", f"trained tokens/s at {T:,}, over rope"]
     return markdown(head, rows)
 
 
@@ -180,7 +188,7 @@ def tables(found):
             ruler(found, STAGES[1:], ("1024", "8192", "65536")),
         ],
         "ablations": [
-            after_training(found, [name for name in PLAIN if name in found["train"]]),
+            after_training(found, ["rnope-swa", *ABLATIONS, "swan", "swa", "plain"]),
             *[by_length(found, PLAIN, SHORT, kind) for kind in KINDS[:2]],
             *[by_length(found, SCALED, SHORT, kind) for kind in KINDS[:2]],
         ],
@@ -209,6 +217,28 @@ def as_run(found, name, seed):
     return SimpleNamespace(found=probes, T=lengths[0], lengths=lengths)
 
 
+def frontier_lines():
+    """The runs of frontier.json, as `sample.draw` takes them."""
+    found = json.loads((HERE / "frontier.json").read_text())
+    captions = {"questions answered": ("needle", "answered"), "a passage again": ("copy", "again"),
+                "a passage the first time": ("copy", "first")}
+    lines = {}
+    for row in found["rows"] + found["not_in_the_readme"]:
+        line, caption = row["name"].split(": ")
+        if caption not in captions:
+            continue
+        probe, number = captions[caption]
+        lengths = found["lengths"][: len(row["values"])]
+        seeds = [SimpleNamespace(found=defaultdict(lambda: defaultdict(dict)), lengths=lengths,
+                                 T=lengths[0]) for _ in row["values"][0]]
+        runs = lines.setdefault(line, seeds)
+        for length, values in zip(lengths, row["values"], strict=True):
+            for run, value in zip(runs, values, strict=True):
+                run.found[probe][length][number] = value
+    return {f"{line} ({len(runs)} seeds)".replace("(1 seeds)", "(1 seed)"): runs
+            for line, runs in lines.items()}
+
+
 def main():
     found = json.loads((HERE / "variants.json").read_text())
     for page, its in tables(found).items():
@@ -216,6 +246,8 @@ def main():
     for page, (names, probes) in FIGURES.items():
         lines = {name: [as_run(found, name, seed) for seed in range(3)] for name in names}
         sample.draw(lines, SimpleNamespace(probes=probes), HERE / f"{page}.png")
+    probes = ["copy", "needle"]
+    sample.draw(frontier_lines(), SimpleNamespace(probes=probes), HERE / "frontier.png")
 
 
 if __name__ == "__main__":
