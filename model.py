@@ -529,6 +529,8 @@ class GPT(nn.Module):
             position, span = LAYERS[letter]
             if span != "full":
                 span += f"={self.config.window}"
+            if letter == "N" and self.config.log_scale:
+                span += " log_scale"
             words.append(f"{n} {letter} {position} {span}")
         return " | ".join(words)
 

@@ -483,8 +483,9 @@ def load_checkpoint(folder):
     Nothing in it is executed.
     """
     path = Path(folder, "ckpt.pt")
-    check(path.is_file(), f"{path} is missing: {folder} holds no run, or none that was saved yet. "
-          "Name the folder of a run, such as out/rnope-swa, or of a cohere2 model of transformers")
+    runs = " ".join(str(run.parent) for run in Path("out").glob("*/ckpt.pt"))
+    check(path.is_file(), f"there is no {path}: {folder} is no run, or one that has saved nothing "
+          f"yet. Runs here: {runs or 'none, python train.py trains one'}")
     try:
         written = path.stat().st_mtime_ns
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -637,7 +638,7 @@ class Log:
         if step > self.first:
             seconds = (now - self.began) / (step - self.first)  # of a step
             rate = cfg.batch_size * run.T * cfg.gradient_accumulation_steps / seconds
-            text += f" | {rate / 1e3:.0f}k tok/s"
+            text += f" | {rate:,.0f} tok/s"
             peak = PEAK_FLOPS.get(run.machine.name)
             if peak and cfg.dtype == "bfloat16" and not cfg.long_rows:
                 used = rate * run.model.flops_per_token(run.T) / run.machine.world
@@ -711,7 +712,7 @@ def read_parent(given):
     if given.get("resume"):
         folder = str(given.get("out_dir") or newest_run())
         other = [f"--{name}" for name in sorted(set(given) - RESUMABLE)]
-        check(not other, f"{', '.join(other)} cannot change with --resume: choose one, or start a "
+        check(not other, f"{', '.join(other)} cannot change with --resume: drop it, or start a "
               f"second stage with --init_from={shlex.quote(folder)}")
         checkpoint = load_checkpoint(folder)
         check(checkpoint.get("version") == VERSION, f"{folder} was begun by another version of "
@@ -796,7 +797,7 @@ def print_header(run):
                        layers=layers, parameters=size, processes=run.machine.world)
     if not run.step:
         prepare_data.write_atomically(run.folder / "config.json", json.dumps(about, indent=2))
-    print(f"{run.folder}: preset {cfg.preset}, scale {cfg.scale}, {size / 1e6:.2f}M parameters, "
+    print(f"{run.folder}: scale {cfg.scale}, {size / 1e6:.2f}M parameters, "
           f"{run.machine.world} x {run.machine.name} in {cfg.dtype}, {cfg.optimizer}")
     share = repeated_share(run.T, cfg.repeat_frac)
     print(f"text    {run.data.folder}, {share:.0%} of a training row repeats earlier spans of it "

@@ -660,7 +660,7 @@ def test_what_can_only_be_on_the_hub_is_asked_for_there(name, whether, monkeypat
 def test_a_run_to_resume_is_not_asked_for_on_the_hub(monkeypatch):
     monkeypatch.setattr(train.GPT, "from_pretrained", None)
     line = refusal(train.main, ["--resume", "--out_dir=organisation/name"])
-    assert "organisation/name holds no run" in line
+    assert "organisation/name is no run" in line
 
 
 def test_a_prepared_dataset_may_be_named_by_its_path(tiny_run, data_dir):

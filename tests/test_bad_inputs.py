@@ -48,8 +48,8 @@ TRAIN = [
     (["--block_size=1000000"], "too few for --block_size=1000000"),
     (["--dataset=nowhere"], "prepare_data.py"),
     (["--dataset=shakespeare", "--data_dir=new"], "--dataset=shakespeare --data_dir=new"),
-    (["--init_from=nowhere"], "nowhere/ckpt.pt is missing: nowhere holds no run, or none"),
-    (["--init_from=out/run", "--resume"], "choose one"),
+    (["--init_from=nowhere"], "there is no nowhere/ckpt.pt: nowhere is no run, or one that"),
+    (["--init_from=out/run", "--resume"], "drop it"),
     (["--init_from=out/run", "--n_embd=64"], "the weights of out/run do not fit"),
     (["--out_dir=out/run"], "holds a run: add --resume"),
     (["--out_dir=good.txt/run"], "good.txt"),
@@ -79,7 +79,8 @@ SAMPLE = [
     (["out/run", "--temperature=inf"], "--temperature=inf: it must be"),
     (["out/run", "--top_p=nan"], "--top_p=nan: it must be"),
     (["out/run", "--rope_theta=nan"], "--rope_theta=nan: it must be"),
-    (["nowhere"], "nowhere/ckpt.pt is missing: nowhere holds no run, or none"),
+    (["nowhere"], "there is no nowhere/ckpt.pt: nowhere is no run, or one that has saved nothing "
+     "yet. Runs here: out/run"),
     (["out/run", "out/run/"], "a run is named twice"),
     (["out/run"], "use fewer --needles or --digits"),  # its rows are 64 tokens long
     (["out/run", "--probe=speed"], "choose from loss, copy, needle, heatmap, attention"),
@@ -212,9 +213,10 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_or_foreign_checkpoint_is_told(ends_in_one_line, place, damage):
     DAMAGE[damage](place / "out" / "run" / "ckpt.pt")
-    ends_in_one_line("train.py", ["--resume", "--out_dir=out/run"], "ckpt.pt is")
-    ends_in_one_line("train.py", ["--init_from=out/run"], "ckpt.pt is")
-    with pytest.raises(UsageError, match=r"ckpt\.pt is"):
+    told = "there is no out/run/ckpt.pt" if damage == "missing" else "out/run/ckpt.pt is not"
+    ends_in_one_line("train.py", ["--resume", "--out_dir=out/run"], told)
+    ends_in_one_line("train.py", ["--init_from=out/run"], told)
+    with pytest.raises(UsageError, match=r"ckpt\.pt"):
         train.load_run(place / "out" / "run")
 
 

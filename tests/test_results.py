@@ -34,7 +34,7 @@ WRONG = [  # script, what it is to work on, a flag, what must be told
     ("beside", "rope", "--vocab_size=64", "use --vocab_size=320"),
     ("beside", "rope", "--block_size=9999999", "lower --block_size"),
     ("beside", "rope", "--out=.", "--out=. is a folder: name a file"),
-    ("ruler", "nowhere", "--digits=2", "nowhere/ckpt.pt is missing"),
+    ("ruler", "nowhere", "--digits=2", "there is no nowhere/ckpt.pt"),
     ("ruler", "run-1", "--max_multiple=99", "the text is too short: use --max_multiple="),
     ("ruler", "run-1", "--needles=40", "use fewer --needles or --digits"),
     ("ruler", "run-1", "--samples=0", "--samples=0: it must be 1 or more"),
@@ -361,12 +361,24 @@ def test_the_pages_have_the_tables_that_variants_json_gives():
 
 def test_a_cell_is_the_mean_of_the_seeds_and_their_range():
     assert tables.cell([0.5, 0.25, 0.75]) == "0.50 (0.25–0.75)"
+    assert tables.cell([0.125, 0.375, 0.625]) == "0.38 (0.13–0.63)"  # halves go up
 
 
-def test_the_figures_are_drawn_from_variants_json(tmp_path, monkeypatch, capsys):
-    shutil.copy(tables.HERE / "variants.json", tmp_path)
+def test_the_lines_of_the_headline_figure_are_those_of_frontier_json():
+    lines = tables.frontier_lines()
+    assert lines.keys() == {"rnope-swa-log (3 seeds)", "after a second stage (3 seeds)",
+                            "rope (1 seed)"}  # fmt: skip
+    [rope] = lines["rope (1 seed)"]
+    assert rope.lengths == [1024, 4096, 16384]
+    assert rope.found["needle"][16384]["answered"] == 0
+    assert rope.found["copy"][4096] == dict(again=2.7821, first=2.8773)
+
+
+def test_the_figures_are_drawn_from_the_numbers(tmp_path, monkeypatch, capsys):
+    for name in ("variants", "frontier"):
+        shutil.copy(tables.HERE / f"{name}.json", tmp_path)
     monkeypatch.setattr(tables, "HERE", tmp_path)
     tables.main()
     drawn = {path.stem for path in tmp_path.glob("*.png")}
-    assert drawn == set(tables.FIGURES)
+    assert drawn == {*tables.FIGURES, "frontier"}
     assert "| rnope-swa-log |" in capsys.readouterr().out
