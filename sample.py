@@ -466,11 +466,11 @@ def table(probe, lines):
 # ---- The figure ---------------------------------------------------------------------------------
 
 PANELS = (  # probe, the numbers that are drawn, title
-    ("loss", ["bits_per_byte"], "Does a longer context still help?"),
-    ("copy", ["again", "first"], "Text seen before costs less than text seen first (dashed)"),
     ("needle", ["answered"], "Does it find a fact that it was told once?"),
-    ("attention", ["needle"], "How much the answer looks at the fact"),
-    ("attention", ["curve"], "Where in the longest context the answer looks"),
+    ("copy", ["again", "first"], "What does a passage cost again? (dashed: the first time)"),
+    ("loss", ["bits_per_byte"], "Does a longer context still help?"),
+    ("attention", ["needle"], "How much does the answer look at the fact?"),
+    ("attention", ["curve"], "Where in the longest context does it look? (dotted: the fact)"),
 )
 
 
@@ -484,8 +484,7 @@ def draw_lines(axis, panel, lines):
         if name == "curve":
             x = (np.arange(PARTS) + 0.5) / PARTS * 97  # the last 3 % are left out
             y = y[:, -1]
-        else:
-            axis.axvline(x[0], color="gray", linestyle=":")
+        axis.axvline(50 if name == "curve" else x[0], color="gray", linestyle=":")
         style = "--" if name == "first" else "o-" if kind in ("", "N") else "s:"
         axis.plot(x, y.mean(0), style, color=f"C{n}", clip_on=False)
         axis.fill_between(x, y.min(0), y.max(0), color=f"C{n}", alpha=0.2)
@@ -498,7 +497,7 @@ def draw_lines(axis, panel, lines):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params("x", rotation=30)
-        axis.set_xlabel("context, tokens (dotted: in training)")
+        axis.set_xlabel("context, tokens (dotted: block_size)")
     # Names that would run into each other, or into the axis, are moved apart.
     ends.sort()
     heights = np.array([y for y, *_ in ends]) / axis.get_ylim()[1]

@@ -761,10 +761,12 @@ def make_run(given):
 def restore(run, checkpoint):
     """Start from a checkpoint: from its weights, and in a resumed run from where it stood."""
     key = "train_sha256" if run.cfg.resume else "tokenizer"
-    alike = run.data.meta[key] == checkpoint["meta"][key]
-    check(alike, f"{run.data.folder} is not the text, or not the tokens, that "
-          f"{checkpoint['folder']} learnt from (by prepare_data.py "
-          f"--tokenizer={checkpoint['meta']['tokenizer']})")
+    told = checkpoint["meta"][key]
+    wrong = f"{run.data.folder} is not the text that {checkpoint['folder']} learns from"
+    if not run.cfg.resume:
+        wrong = (f"{checkpoint['folder']} needs a text in its own tokens: prepare_data.py "
+                 f"--tokenizer={told} --name=NAME makes one for --dataset=NAME")
+    check(run.data.meta[key] == told, wrong)
     load_weights(run.model, checkpoint)
     if not run.cfg.resume:
         run.stage = checkpoint["stage"] + 1

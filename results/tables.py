@@ -41,13 +41,14 @@ KINDS = (  # caption, probe, number
     ("a passage again, bits per byte", "copy", "again"),
     ("last 256 bytes, bits per byte", "loss", "bits_per_byte"),
 )
-FIGURES = {  # page: lines, probes
+FIGURES = {  # page: lines, probes. Colours go by place: rope comes first and rnope-swa-log second
     "part1": (PAPER, ["needle", "attention"]),
-    "part2": (("rope", "rnope", "rnope-swa-log"), ["needle", "attention"]),
-    "part3": (STAGES, ["copy", "needle"]),
-    "ablations": (("rnope-swa", "SN", "SSSSSSSN", "window 32", "window 512"), ["copy", "needle"]),
-    "hybrids": (("rnope-swa", "rnope-swa-log", "swan", "llama4", "exaone4", "olmo3"),
-                ["copy", "needle"]),
+    "part2": (("rope", "rnope-swa-log", "rnope"), ["needle", "attention"]),
+    "part3": (("rope, theta 2M, second stage", "rnope-swa-log, second stage",
+               "rnope-swa, second stage", "rope, second stage"), ["needle", "copy"]),
+    "ablations": (("rnope-swa", "SN", "SSSSSSSN", "window 32", "window 512"), ["needle", "copy"]),
+    "hybrids": (("rope", "rnope-swa-log", "rnope-swa", "swan", "llama4", "exaone4", "olmo3"),
+                ["needle", "copy"]),
 }
 
 
@@ -235,8 +236,9 @@ def frontier_lines():
         for length, values in zip(lengths, row["values"], strict=True):
             for run, value in zip(runs, values, strict=True):
                 run.found[probe][length][number] = value
-    return {f"{line} ({len(runs)} seeds)".replace("(1 seeds)", "(1 seed)"): runs
-            for line, runs in lines.items()}
+    names = {f"{line} ({len(runs)} seeds)".replace("(1 seeds)", "(1 seed)"): runs
+             for line, runs in lines.items()}
+    return dict(sorted(names.items(), reverse=True))  # rope first
 
 
 def main():
@@ -246,7 +248,7 @@ def main():
     for page, (names, probes) in FIGURES.items():
         lines = {name: [as_run(found, name, seed) for seed in range(3)] for name in names}
         sample.draw(lines, SimpleNamespace(probes=probes), HERE / f"{page}.png")
-    probes = ["copy", "needle"]
+    probes = ["needle", "copy"]
     sample.draw(frontier_lines(), SimpleNamespace(probes=probes), HERE / "frontier.png")
 
 

@@ -323,7 +323,7 @@ def test_its_checkpoint_is_a_run_with_their_tokenizer(theirs, their_data, tmp_pa
 
 
 def test_data_of_other_tokens_is_refused_for_a_second_stage(theirs, data_dir, tmp_path):
-    with pytest.raises(UsageError, match=f"not the tokens.*--tokenizer={theirs}"):
+    with pytest.raises(UsageError, match=f"in its own tokens.*--tokenizer={theirs}"):
         train.main([f"--init_from={theirs}", f"--data_dir={data_dir}", "--dataset=tiny",
                     "--device=cpu", f"--out_dir={tmp_path}/run"])  # fmt: skip
     assert not list(tmp_path.iterdir())

@@ -106,7 +106,8 @@ def test_a_command_runs(command, tmp_path, monkeypatch, data_dir, tiny_run):
     for name in {"rnope-swa", *re.findall(r"(?<!--out_dir=)out/([\w-]+)", command)}:
         shutil.copytree(tiny_run, tmp_path / "out" / name)
     shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(ROOT / "tests", tmp_path / "results")
+    for name in ("tests", "results"):
+        shutil.copytree(ROOT / "tests", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     script, flags = script_and_flags(command)
     small = []

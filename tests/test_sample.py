@@ -366,7 +366,7 @@ def test_labels_of_lines_that_end_together_do_not_touch(variant, tmp_path):
     for run in runs:
         run.found["loss"] = {length: dict(bits_per_byte=2.0) for length in run.lengths}
     axis = figure.Figure().add_subplot()
-    sample.draw_lines(axis, sample.PANELS[0], sample.lines_of(runs))
+    sample.draw_lines(axis, sample.PANELS[2], sample.lines_of(runs))
     low, high = sorted(text.get_position()[1] for text in axis.texts)
     assert high - low > 0.05
 
