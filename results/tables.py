@@ -43,12 +43,12 @@ KINDS = (  # caption, probe, number
 )
 FIGURES = {  # page: lines, probes. Colours go by place: rope comes first and rnope-swa-log second
     "part1": (PAPER, ["needle", "attention"]),
-    "part2": (("rope", "rnope-swa-log", "rnope"), ["needle", "attention"]),
+    "part2": (("rope", "rnope-swa-log", "rnope", "rnope-swa"), ["needle", "attention"]),
     "part3": (("rope, theta 2M, second stage", "rnope-swa-log, second stage",
                "rnope-swa, second stage", "rope, second stage"), ["needle", "copy"]),
     "ablations": (("rnope-swa", "SN", "SSSSSSSN", "window 32", "window 512"), ["needle", "copy"]),
-    "hybrids": (("rope", "rnope-swa-log", "rnope-swa", "swan", "llama4", "exaone4", "olmo3"),
-                ["needle", "copy"]),
+    "hybrids": (("rnope-swa", "rnope-swa-log", "swan", "llama4", "exaone4", "olmo3", "gemma3",
+                 "gpt-oss"), ["needle", "copy"]),
 }
 
 
