@@ -479,7 +479,7 @@ def test_lm_eval_finds_our_bits_per_byte(exported, tmp_path, monkeypatch):
 def looking(tmp_path):
     """looking(asking, wanted): a folder of a model in which bytes `asking` look at `wanted`."""
 
-    def make(asking, wanted):
+    def make(asking, wanted, signs=(1, -1)):  # the N layer of sign 1 is surer
         config = ModelConfig(
             vocab_size=257, n_layer=3, n_head=1, n_embd=258, block_size=T, pattern="SNN", window=4
         )
@@ -491,7 +491,7 @@ def looking(tmp_path):
                 block.self_attn.q_proj.weight.zero_()  # everywhere alike
             model.embed_tokens.weight.copy_(torch.eye(257, 258))
             h = model.layers[0].input_layernorm(model.embed_tokens.weight)
-            for block, sign in zip(model.layers[1:], (1, -1), strict=True):  # the first is surer
+            for block, sign in zip(model.layers[1:], signs, strict=True):
                 block.self_attn.k_proj.weight.zero_()
                 block.self_attn.q_proj.weight[1] = 0.05 * h[list(asking)].sum(0)
                 block.self_attn.k_proj.weight[1] = 0.05 * h[list(wanted)].sum(0) * sign
@@ -510,8 +510,9 @@ def shown(capsys, *flags):
     return {part[0]: part.splitlines()[1:] for part in layers}, head
 
 
-def test_show_attention_points_at_the_token_that_is_looked_at(looking, capsys):
-    folder = looking(b"?", b"X")
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1)])
+def test_show_attention_points_at_the_token_that_is_looked_at(looking, capsys, signs):
+    folder = looking(b"?", b"X", signs)
     layers, head = shown(capsys, folder, "--prompt=one X two\nthree four?")
     assert "after …one X two⏎three four? the model expects" in head
     assert set(layers) == {"S", "N"}

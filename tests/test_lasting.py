@@ -127,6 +127,18 @@ def test_a_signal_at_any_line_of_the_loop_saves_the_steps_that_were_done(fit, tm
     assert not lost, f"line: (step told, step saved) {lost}"
 
 
+def test_a_run_that_hears_a_signal_in_its_last_step_is_done(fit, tmp_path, monkeypatch, capsys):
+    def learning_rate(step, cfg):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1e-3
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    fit(tmp_path / "run", "--max_iters=4")  # a SystemExit would say that it was stopped
+    assert load_checkpoint(tmp_path / "run")["step"] == 4
+    assert "done in" in capsys.readouterr().out
+
+
 def test_under_torchrun_a_signal_stops_all_ranks_at_one_step(start, tiny_flags, tmp_path):
     folder = tmp_path / "run"
     flags = [ENDLESS, "--gradient_accumulation_steps=2", "--log_interval=1000000"]

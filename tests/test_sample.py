@@ -183,20 +183,28 @@ def test_ids_that_pad_the_vocabulary_are_never_predicted(tiny_run, monkeypatch, 
 # ---- Needles ------------------------------------------------------------------------------------
 
 
+def wrong_at(y, place):
+    """Targets y (rows, n) with another token at place. An answer has four digits, a byte each."""
+    y = y.clone()
+    y[:, place] += 1
+    return y
+
+
 @pytest.mark.parametrize("probe", ["needle", "heatmap"])
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
         (lambda y: y, 1),
         (lambda y: y * 0, 0),
-        (lambda y: torch.cat((y[:, :-1], y[:, -1:] + 1), 1), 0),  # all but the last digit
-        (lambda y: torch.cat((y[:, :1] + 1, y[:, 1:]), 1), 0),  # all but the first token
+        (lambda y: wrong_at(y, -1), 0),
+        (lambda y: wrong_at(y, -4), 0),
     ],
-    ids=["oracle", "constant", "last wrong", "first wrong"],
+    ids=["oracle", "constant", "last digit wrong", "first digit wrong"],
 )
 def test_an_answer_counts_if_each_of_its_tokens_is_right(tiny_run, answering, probe, answer, score):
     answering(answer)
-    found = sample.PROBES[probe](opened(tiny_run), 4 * T)
+    run = opened(tiny_run, samples=20)  # enough for each wording, with a space before and without
+    found = sample.PROBES[probe](run, 4 * T)
     assert set(found.values()) == {score}
     assert len(found) == (11 if probe == "heatmap" else 1)
 
@@ -465,11 +473,51 @@ def test_a_text_may_be_another_dataset(variant, data_dir, tmp_path):
     assert run.rows(T)[0].tobytes() in run.data.train.tobytes()
     with pytest.raises(UsageError, match="was trained on it"):
         opened(folder, text=("tiny",)).rows(T)
+    other = json.loads(meta.read_text()) | dict(tokenizer="gpt2")
+    meta.write_text(json.dumps(other))
+    with pytest.raises(UsageError, match="has other tokens"):
+        opened(folder, text=("other",)).rows(T)
     with pytest.raises(UsageError, match="run prepare_data.py --dataset=pg19 --data_dir="):
         opened(folder, text=("pg19",)).rows(T)
     foreign = variant("foreign", meta=dict(val_sha256="another text's"))
     with pytest.raises(UsageError, match="was trained on another"):
         opened(foreign).rows(T)
+
+
+def test_a_folder_that_is_there_comes_before_a_dataset_of_its_name(
+    variant, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data_dir / "tiny", tmp_path / "data" / "notes")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_text("alpha beta " * 99)
+    folder = variant("here", train=dict(data_dir=str(tmp_path / "data")))
+    assert "alpha beta" in text_of(opened(folder, text=("notes",)).rows(T)[0])
+
+
+def test_what_a_reader_of_the_numbers_has_to_know_is_told(variant, capsys):
+    early = variant("early", train=dict(max_iters=999))
+    short = variant("short", model=dict(block_size=32))
+    ask([early, short], "--probe=loss")
+    told = capsys.readouterr().err
+    assert f"{early} was stopped at step 100 of 999" in told
+    assert "runs of different training contexts score different tokens" in told
+    ask([short], "--probe=loss")
+    assert "different" not in capsys.readouterr().err
+
+
+def test_numbers_that_cannot_be_written_leave_the_old_ones(own_run, monkeypatch):
+    ask(own_run, "--probe=loss")
+    before = numbers(own_run)
+
+    def full(*paths):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        ask(own_run, "--probe=copy")
+    assert numbers(own_run) == before
 
 
 def test_the_dtype_is_the_run_s_own_unless_asked_for(variant):
