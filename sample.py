@@ -137,15 +137,15 @@ class Run:
         self.machine = Machine(cfg.device, cfg.dtype)
         try:
             self.model, self.train, self.meta = load_run(folder, self.machine.device, **changed)
+            if cfg.dtype == "auto" and self.machine.has_bfloat16:
+                self.machine.dtype = getattr(torch, self.train.dtype)
+            if self.model.dtype != self.machine.dtype:
+                self.model.float()  # as autocast expects its weights
         except torch.OutOfMemoryError:
             raise UsageError(f"{folder} is too large for {self.machine.name}: add --device=cpu, or "
                              "use a larger card") from None
         self.changed = changed
         warn_idle(changed, self.model.config)
-        if cfg.dtype == "auto" and self.machine.has_bfloat16:
-            self.machine.dtype = getattr(torch, self.train.dtype)
-        if self.model.dtype != self.machine.dtype:
-            self.model.float()  # as autocast expects its weights
         self.enc = prepare_data.encoding(self.meta["tokenizer"])
         self.begin = getattr(self.enc, "first", [])  # the token that its rows begin with, if any
         size = self.model.config.vocab_size
@@ -168,11 +168,11 @@ class Run:
                   f"{data.folder}: make that one again, or name a text with --text")
             return data
         name, *others = self.cfg.text
-        known = name in prepare_data.KNOWN
-        folder = Path(name)
-        if known or not folder.exists():
-            folder = Path(data_dir, name)
-        if others or not (known or (folder / "train.bin").exists()):
+        folder = Path(data_dir, name)
+        if not folder.exists() and name not in prepare_data.KNOWN:
+            folder = Path(name)
+        prepared = name in prepare_data.KNOWN or (folder / "train.bin").exists()
+        if others or not prepared:
             return prepare_data.encode_files(self.cfg.text, self.enc, data_dir)
         data = prepare_data.load_data(folder)
         fits = data.meta["tokenizer"] == self.meta["tokenizer"]
@@ -386,6 +386,8 @@ def open_runs(cfg):
 
 def check_runs(runs, cfg):
     """Refuse what cannot be measured before minutes go into what can; tell of overlap."""
+    for run in sorted(runs, key=lambda run: len(run.text) / run.T):
+        _ = run.ends  # the run with the least room refuses first: what it advises does for all
     if len({run.T for run in runs}) > 1:
         warn("runs of different training contexts score different tokens: compare along a line")
     for run in runs:

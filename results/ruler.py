@@ -187,7 +187,7 @@ def write_json(runs, cfg):
 
 def check_room(runs, cfg):
     """Refuse what cannot be asked before minutes go into what can."""
-    for run in runs:
+    for run in sorted(runs, key=lambda run: len(run.text) / run.T):
         for task in TASKS:
             plant_all(run, task, run.T)
     if cfg.out:
