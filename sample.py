@@ -269,6 +269,13 @@ def new_facts(run, rng):
     return list(facts.values())
 
 
+def hide(text, facts, depths):
+    """Put facts, arrays of ids, into text at these shares of it: (ids, their places in text)."""
+    places = (depths * len(text)).astype(int)
+    sizes = [len(fact) for fact in facts]
+    return np.insert(text, places.repeat(sizes), np.concatenate(facts)), places
+
+
 def plant(run, row, i, depth=None):
     """Row i with facts in its text, a question at its end, and the answer.
 
@@ -289,9 +296,7 @@ def plant(run, row, i, depth=None):
     needed = sizes.sum() + len(question)
     check(needed <= len(row), f"{run.folder}: facts and question take {needed} tokens, a row at "
           f"1x has {len(row)}: use fewer --needles or --digits, or --probe=loss,copy")
-    text = row[needed:]
-    places = (depths * len(text)).astype(int)
-    text = np.insert(text, places.repeat(sizes), np.concatenate(wholes))
+    text, places = hide(row[needed:], wholes, depths)
     start = places[0] + sizes[places < places[0]].sum()
     cuts = [start, start + sizes[0], len(text)]
     return np.concatenate([text, question]), len(facts[0][1]), cuts
@@ -384,10 +389,15 @@ def open_runs(cfg):
     return [Run(folder, cfg) for folder in folders]
 
 
+def shortest_first(runs):
+    """The run whose text has the least room refuses first: what it advises does for all."""
+    return sorted(runs, key=lambda run: len(run.text) / run.T)
+
+
 def check_runs(runs, cfg):
     """Refuse what cannot be measured before minutes go into what can; tell of overlap."""
-    for run in sorted(runs, key=lambda run: len(run.text) / run.T):
-        _ = run.ends  # the run with the least room refuses first: what it advises does for all
+    for run in shortest_first(runs):
+        run.rows(run.T)
     if len({run.T for run in runs}) > 1:
         warn("runs of different training contexts score different tokens: compare along a line")
     for run in runs:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prepare_data
 from model import check, flag
-from sample import SampleConfig, lines_of, new_facts, open_runs
+from sample import SampleConfig, hide, lines_of, new_facts, open_runs, shortest_first
 from train import DTYPES, git_revision, stream
 
 SINGLE = ("single-sentences", "single-noise", "single-prose")
@@ -117,9 +117,7 @@ def plant(run, task, prose, i):
         f"{run.folder}: the facts and questions of {task} take {needed} tokens, a row at 1x has "
         f"{len(prose)}: use fewer --needles or --digits",
     )
-    text = fill(run, task, prose, rng)[needed:]
-    places = (depths * len(text)).astype(int)
-    text = np.insert(text, places.repeat([len(fact) for fact in facts]), np.concatenate(facts))
+    text, _ = hide(fill(run, task, prose, rng)[needed:], facts, depths)
     return np.concatenate([text, *question]), np.array(marks)
 
 
@@ -187,7 +185,7 @@ def write_json(runs, cfg):
 
 def check_room(runs, cfg):
     """Refuse what cannot be asked before minutes go into what can."""
-    for run in sorted(runs, key=lambda run: len(run.text) / run.T):
+    for run in shortest_first(runs):
         for task in TASKS:
             plant_all(run, task, run.T)
     if cfg.out:
