@@ -81,6 +81,7 @@ class TrainConfig:
     data_dir: str = data_flag("data", "where prepared datasets are")
     repeat_frac: float = data_flag(0.28, "length of a row's copied spans over its own; 0: none",
                                    most=0.9)
+    longest_span: int = data_flag(128, "most tokens of a copied span, half of a short row", least=1)
     long_rows: int = data_flag(0, "tokens of a row in long steps; 0: none")
     long_frac: float = data_flag(0.5, "share of steps that are long", most=1)
     out_dir: str = output_flag("", "folder of the run; empty: out/PRESET, numbered if taken")
@@ -119,7 +120,7 @@ class TrainConfig:
 RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
              "log_interval"}
 # What --init_from takes over from the run before, beside the model.
-INHERITED = ("preset", "dataset", "data_dir", "repeat_frac")
+INHERITED = ("preset", "dataset", "data_dir", "repeat_frac", "longest_span")
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -214,30 +215,31 @@ def stream(name, *numbers):
     return np.random.default_rng([*name.encode(), *numbers])
 
 
-def repeat_spans(row, frac, rng):
+def repeat_spans(row, frac, longest, rng):
     """Copy spans of a row (T,) to later places in it, in place.
 
     Spans are copied until their lengths add up to frac * T or more. Lengths are log-uniform from 12
-    tokens to 128, in a short row to half of it. Distances are any. To predict a copy, a model has
-    to find the span in its context: that is how it learns to retrieve.
+    tokens to `longest`, in a short row to half of it. Distances are any. To predict a copy, a model
+    has to find the span in its context: that is how it learns to retrieve.
     """
     T = len(row)
-    longest = min(128, T // 2)
+    longest = min(longest, T // 2)
+    shortest = min(12, longest)
     left = frac * T
     while left > 0:
-        length = 1 + int(longest * 11 ** -rng.random())  # the shortest is an eleventh of it
+        length = round(shortest * (longest / shortest) ** rng.random())
         target = rng.integers(length, T - length + 1)
         source = rng.integers(0, target - length + 1)
         row[target : target + length] = row[source : source + length]
         left -= length
 
 
-def repeated_share(T, frac):
+def repeated_share(T, frac, longest):
     """The share of a row's tokens that are copies, by trial: copies overlap."""
     places = np.arange(T + 1)
     rows = np.tile(places, (32, 1))
     for n, row in enumerate(rows):
-        repeat_spans(row, frac, stream("share", n))
+        repeat_spans(row, frac, longest, stream("share", n))
     return (rows != places).mean()
 
 
@@ -262,7 +264,7 @@ class Batches:
         starts = rng.integers(0, len(self.data.train) - length, count)
         rows = self.data.rows(self.data.train, starts, length + 1)
         for row in rows:
-            repeat_spans(row, cfg.repeat_frac, rng)
+            repeat_spans(row, cfg.repeat_frac, cfg.longest_span, rng)
         rows = torch.from_numpy(rows).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -422,7 +424,7 @@ def learning_rate(step, cfg):
 # ---- Runs: what is kept of them -----------------------------------------------------------------
 
 
-VERSION = 2  # raised when a step computes something else: older runs cannot resume then
+VERSION = 3  # raised when a step computes something else: older runs cannot resume then
 
 
 def save_checkpoint(run, step):
@@ -801,7 +803,7 @@ def print_header(run):
         prepare_data.write_atomically(run.folder / "config.json", json.dumps(about, indent=2))
     print(f"{run.folder}: scale {cfg.scale}, {size / 1e6:.2f}M parameters, "
           f"{run.machine.world} x {run.machine.name} in {cfg.dtype}, {cfg.optimizer}")
-    share = repeated_share(run.T, cfg.repeat_frac)
+    share = repeated_share(run.T, cfg.repeat_frac, cfg.longest_span)
     print(f"text    {run.data.folder}, {share:.0%} of a training row repeats earlier spans of it "
           "(--repeat_frac=0: none)")
     print(f"layers  {layers}", flush=True)

@@ -103,10 +103,21 @@ def test_without_repeats_rows_are_training_text_word_for_word(data):
     assert sum(is_text(row, data.train) for row in repeating) < 10
 
 
-def repeated(T, frac, seed):
+def test_the_longest_span_is_the_flags(data):
+    def changed(longest):  # tokens of each row, by one span
+        cfg = config(batch_size=50, repeat_frac=0.001, longest_span=longest)
+        rows = whole_rows(Batches(data, cfg, 64, 0)[0])
+        plain = whole_rows(Batches(data, replace(cfg, repeat_frac=0.0), 64, 0)[0])
+        return (rows != plain).sum(1)
+
+    assert changed(1).max() == 1
+    assert 12 < changed(32).max() <= 32
+
+
+def repeated(T, frac, seed, longest=128):
     """For each place of a row, from which place before any copy its token came."""
     row = np.arange(T)
-    train.repeat_spans(row, frac, np.random.default_rng(seed))
+    train.repeat_spans(row, frac, longest, np.random.default_rng(seed))
     return row
 
 
@@ -118,11 +129,12 @@ def test_a_copied_token_stood_earlier_in_the_row(T):
         assert (origin != np.arange(T)).any()
 
 
-def test_one_span_is_copied_whole_from_a_place_that_ends_before_it():
+@pytest.mark.parametrize("longest", [128, 256])
+def test_one_span_is_copied_whole_from_a_place_that_ends_before_it(longest):
     lengths = []
     distances = []
     for seed in range(2000):
-        back = np.arange(1025) - repeated(1025, 1e-9, seed)
+        back = np.arange(1025) - repeated(1025, 1e-9, seed, longest)
         copied = np.flatnonzero(back)
         length = len(copied)
         assert copied[-1] - copied[0] == length - 1
@@ -130,14 +142,14 @@ def test_one_span_is_copied_whole_from_a_place_that_ends_before_it():
         assert back[copied[0]] >= length
         lengths.append(length)
         distances.append(back[copied[0]])
-    assert min(lengths) < 15
-    assert 120 < max(lengths) <= 128
-    assert np.median(lengths) == pytest.approx(128 / 11**0.5, rel=0.1)  # log-uniform
+    assert min(lengths) == 12
+    assert 0.95 * longest < max(lengths) <= longest
+    assert np.median(lengths) == pytest.approx((12 * longest) ** 0.5, rel=0.1)  # log-uniform
     assert min(distances) < 30
     assert max(distances) > 900
 
 
-@pytest.mark.parametrize(("T", "longest"), [(65, 32), (20, 10)])
+@pytest.mark.parametrize(("T", "longest"), [(65, 32), (20, 10), (2, 1)])
 def test_a_span_is_half_of_a_short_row_at_most(T, longest):
     rows = np.stack([repeated(T, 1e-9, seed) for seed in range(500)])
     copied = rows != np.arange(T)
@@ -598,7 +610,7 @@ def test_the_share_that_is_told_is_that_of_the_rows(data):
     for frac in (0.0, 0.28, 0.5):
         rows = np.stack([repeated(65, frac, seed) for seed in range(300)])
         share = (rows != np.arange(65)).mean()
-        assert train.repeated_share(64, frac) == pytest.approx(share, abs=0.06)
+        assert train.repeated_share(64, frac, 128) == pytest.approx(share, abs=0.06)
 
 
 def test_as_a_library_names_are_checked_and_paths_are_taken(tiny_flags, data_dir, tmp_path):
