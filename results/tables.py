@@ -1,11 +1,11 @@
-"""The tables and figures of the comparisons: part1.md to part3.md, ablations.md, hybrids.md.
+"""The tables and figures of part1.md to part3.md, ablations.md, hybrids.md and frontier.md.
 
     python results/tables.py         # print the tables and draw the figures, from the .json files
 
 variants.json holds what `train.py`, `sample.py`, `ruler.py` and `bench.py` found by the commands on
 those pages, one number for each seed. Cells are the mean of the seeds (least–most). The first
-tables of speed.md and cost.md come from it, too. The figure of frontier.md comes from
-frontier.json.
+tables of speed.md and cost.md come from it, too. The first tables of frontier.md and its figure
+come from frontier.json.
 """
 
 import json
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
 from model import LAYERS, PRESETS, ModelConfig
+from prepare_data import parse_flags, run_main
 
 HERE = Path(__file__).resolve().parent
 
@@ -206,6 +207,26 @@ def tables(found):
     }
 
 
+def frontier(found):
+    """A table for each line of frontier.json: a row a number, a column a length of context."""
+    numbers = defaultdict(dict)  # {line: {caption: values}}
+    for row in found["rows"] + found["not_in_the_readme"] + found["longer_spans"]["rows"]:
+        line, caption = row["name"].split(": ")
+        numbers[line][caption] = row["values"]
+    captions = ("questions answered", "a passage the first time", "a passage again",
+                "last 256 bytes")
+    head = ["", *[f"{length:,}" for length in found["lengths"]]]
+    made = []
+    for its in numbers.values():
+        rows = []
+        for caption in captions:
+            cells = [cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2)
+                     for seeds in its[caption]]
+            rows.append([caption, *cells, *[""] * (len(head) - 1 - len(cells))])
+        made.append(markdown(head, rows))
+    return made
+
+
 def as_run(found, name, seed):
     """What one seed found, as `sample.draw` takes it."""
     probes = {}
@@ -241,9 +262,11 @@ def frontier_lines():
     return dict(sorted(names.items(), reverse=True))  # rope first
 
 
-def main():
+def main(argv):
+    parse_flags({}, argv, __doc__)
     found = json.loads((HERE / "variants.json").read_text())
-    for page, its in tables(found).items():
+    of_frontier = frontier(json.loads((HERE / "frontier.json").read_text()))
+    for page, its in (tables(found) | dict(frontier=of_frontier)).items():
         print(f"{page}.md", *its, sep="\n\n", end="\n\n")
     for page, (names, probes) in FIGURES.items():
         lines = {name: [as_run(found, name, seed) for seed in range(3)] for name in names}
@@ -253,4 +276,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -351,9 +351,11 @@ def test_ruler_writes_its_table_and_numbers(folders, tmp_path, capsys, monkeypat
 # ---- tables.py ----------------------------------------------------------------------------------
 
 
-def test_the_pages_have_the_tables_that_variants_json_gives():
-    found = json.loads((tables.HERE / "variants.json").read_text())
-    for page, its in tables.tables(found).items():
+def test_the_pages_have_the_tables_that_the_json_files_give():
+    variants, found = (json.loads((tables.HERE / f"{name}.json").read_text())
+                       for name in ("variants", "frontier"))
+    pages = tables.tables(variants) | dict(frontier=tables.frontier(found))
+    for page, its in pages.items():
         text = (tables.HERE / f"{page}.md").read_text()
         for table in its:
             assert table in text, f"results/{page}.md lacks what results/tables.py prints:\n{table}"
@@ -378,7 +380,7 @@ def test_the_figures_are_drawn_from_the_numbers(tmp_path, monkeypatch, capsys):
     for name in ("variants", "frontier"):
         shutil.copy(tables.HERE / f"{name}.json", tmp_path)
     monkeypatch.setattr(tables, "HERE", tmp_path)
-    tables.main()
+    tables.main([])
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert drawn == {*tables.FIGURES, "frontier"}
     assert "| rnope-swa-log |" in capsys.readouterr().out

@@ -555,7 +555,6 @@ def test_the_dtype_is_the_run_s_own_unless_asked_for(variant):
 def test_an_old_card_computes_in_float32(variant, monkeypatch, capability, trained, dtype):
     loaded = train.load_run(variant("run", train=dict(dtype=trained)))
     monkeypatch.setattr(sample, "load_run", lambda *_, **__: loaded)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
     faked = dict(get_device_capability=capability, get_device_name="a card", set_device=None)
     for name, answer in faked.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
