@@ -81,6 +81,7 @@ class TrainConfig:
     data_dir: str = data_flag("data", "where prepared datasets are")
     repeat_frac: float = data_flag(0.28, "length of a row's copied spans over its own; 0: none",
                                    most=0.9)
+    shortest_span: int = data_flag(12, "fewest tokens of a copied span", least=1)
     longest_span: int = data_flag(128, "most tokens of a copied span, half of a short row", least=1)
     long_rows: int = data_flag(0, "tokens of a row in long steps; 0: none")
     long_frac: float = data_flag(0.5, "share of steps that are long", most=1)
@@ -112,6 +113,8 @@ class TrainConfig:
         self.data_dir = str(self.data_dir)
         self.init_from = str(self.init_from)
         check_ranges(self)
+        check(self.shortest_span <= self.longest_span,
+              f"--shortest_span={self.shortest_span}: above --longest_span={self.longest_span}")
         check(self.min_lr <= self.learning_rate,
               f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
 
@@ -120,7 +123,8 @@ class TrainConfig:
 RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
              "log_interval"}
 # What --init_from takes over from the run before, beside the model.
-INHERITED = ("preset", "dataset", "data_dir", "repeat_frac", "longest_span")
+INHERITED = ("preset", "dataset", "data_dir", "repeat_frac", "shortest_span",
+             "longest_span")
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -215,17 +219,17 @@ def stream(name, *numbers):
     return np.random.default_rng([*name.encode(), *numbers])
 
 
-def repeat_spans(row, frac, longest, rng):
+def repeat_spans(row, cfg, rng):
     """Copy spans of a row (T,) to later places in it, in place.
 
-    Spans are copied until their lengths add up to frac * T or more. Lengths are log-uniform from 12
-    tokens to `longest`, in a short row to half of it. Distances are any. To predict a copy, a model
-    has to find the span in its context: that is how it learns to retrieve.
+    Spans are copied until their lengths add up to repeat_frac * T or more. Lengths are log-uniform
+    from shortest_span to longest_span, and half of the row at most. Distances are any. To
+    predict a copy, a model has to find the span in its context: that is how it learns to retrieve.
     """
     T = len(row)
-    longest = min(longest, T // 2)
-    shortest = min(12, longest)
-    left = frac * T
+    longest = min(cfg.longest_span, T // 2)
+    shortest = min(cfg.shortest_span, longest)
+    left = cfg.repeat_frac * T
     while left > 0:
         length = round(shortest * (longest / shortest) ** rng.random())
         target = rng.integers(length, T - length + 1)
@@ -234,12 +238,12 @@ def repeat_spans(row, frac, longest, rng):
         left -= length
 
 
-def repeated_share(T, frac, longest):
+def repeated_share(T, cfg):
     """The share of a row's tokens that are copies, by trial: copies overlap."""
     places = np.arange(T + 1)
     rows = np.tile(places, (32, 1))
     for n, row in enumerate(rows):
-        repeat_spans(row, frac, longest, stream("share", n))
+        repeat_spans(row, cfg, stream("share", n))
     return (rows != places).mean()
 
 
@@ -264,7 +268,7 @@ class Batches:
         starts = rng.integers(0, len(self.data.train) - length, count)
         rows = self.data.rows(self.data.train, starts, length + 1)
         for row in rows:
-            repeat_spans(row, cfg.repeat_frac, cfg.longest_span, rng)
+            repeat_spans(row, cfg, rng)
         rows = torch.from_numpy(rows).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -803,7 +807,7 @@ def print_header(run):
         prepare_data.write_atomically(run.folder / "config.json", json.dumps(about, indent=2))
     print(f"{run.folder}: scale {cfg.scale}, {size / 1e6:.2f}M parameters, "
           f"{run.machine.world} x {run.machine.name} in {cfg.dtype}, {cfg.optimizer}")
-    share = repeated_share(run.T, cfg.repeat_frac, cfg.longest_span)
+    share = repeated_share(run.T, cfg)
     print(f"text    {run.data.folder}, {share:.0%} of a training row repeats earlier spans of it "
           "(--repeat_frac=0: none)")
     print(f"layers  {layers}", flush=True)

@@ -103,9 +103,9 @@ def test_without_repeats_rows_are_training_text_word_for_word(data):
     assert sum(is_text(row, data.train) for row in repeating) < 10
 
 
-def test_the_longest_span_is_the_flags(data):
+def test_the_spans_of_a_batch_are_as_long_as_the_flags_say(data):
     def changed(longest):  # tokens of each row, by one span
-        cfg = config(batch_size=50, repeat_frac=0.001, longest_span=longest)
+        cfg = config(batch_size=50, repeat_frac=0.001, shortest_span=1, longest_span=longest)
         rows = whole_rows(Batches(data, cfg, 64, 0)[0])
         plain = whole_rows(Batches(data, replace(cfg, repeat_frac=0.0), 64, 0)[0])
         return (rows != plain).sum(1)
@@ -114,10 +114,10 @@ def test_the_longest_span_is_the_flags(data):
     assert 12 < changed(32).max() <= 32
 
 
-def repeated(T, frac, seed, longest=128):
+def repeated(T, frac, seed, **flags):
     """For each place of a row, from which place before any copy its token came."""
     row = np.arange(T)
-    train.repeat_spans(row, frac, longest, np.random.default_rng(seed))
+    train.repeat_spans(row, config(repeat_frac=frac, **flags), np.random.default_rng(seed))
     return row
 
 
@@ -129,12 +129,13 @@ def test_a_copied_token_stood_earlier_in_the_row(T):
         assert (origin != np.arange(T)).any()
 
 
-@pytest.mark.parametrize("longest", [128, 256])
-def test_one_span_is_copied_whole_from_a_place_that_ends_before_it(longest):
+@pytest.mark.parametrize(("shortest", "longest"), [(12, 128), (64, 256)])
+def test_one_span_is_copied_whole_from_a_place_that_ends_before_it(shortest, longest):
+    flags = dict(shortest_span=shortest, longest_span=longest)
     lengths = []
     distances = []
     for seed in range(2000):
-        back = np.arange(1025) - repeated(1025, 1e-9, seed, longest)
+        back = np.arange(1025) - repeated(1025, 1e-9, seed, **flags)
         copied = np.flatnonzero(back)
         length = len(copied)
         assert copied[-1] - copied[0] == length - 1
@@ -142,10 +143,10 @@ def test_one_span_is_copied_whole_from_a_place_that_ends_before_it(longest):
         assert back[copied[0]] >= length
         lengths.append(length)
         distances.append(back[copied[0]])
-    assert min(lengths) == 12
+    assert min(lengths) == shortest
     assert 0.95 * longest < max(lengths) <= longest
-    assert np.median(lengths) == pytest.approx((12 * longest) ** 0.5, rel=0.1)  # log-uniform
-    assert min(distances) < 30
+    assert np.median(lengths) == pytest.approx((shortest * longest) ** 0.5, rel=0.1)  # log-uniform
+    assert min(distances) < 2.5 * shortest
     assert max(distances) > 900
 
 
@@ -610,7 +611,7 @@ def test_the_share_that_is_told_is_that_of_the_rows(data):
     for frac in (0.0, 0.28, 0.5):
         rows = np.stack([repeated(65, frac, seed) for seed in range(300)])
         share = (rows != np.arange(65)).mean()
-        assert train.repeated_share(64, frac, 128) == pytest.approx(share, abs=0.06)
+        assert train.repeated_share(64, config(repeat_frac=frac)) == pytest.approx(share, abs=0.06)
 
 
 def test_as_a_library_names_are_checked_and_paths_are_taken(tiny_flags, data_dir, tmp_path):
