@@ -114,7 +114,8 @@ class TrainConfig:
         self.init_from = str(self.init_from)
         check_ranges(self)
         check(self.shortest_span <= self.longest_span,
-              f"--shortest_span={self.shortest_span}: above --longest_span={self.longest_span}")
+              f"--shortest_span={self.shortest_span}: above --longest_span={self.longest_span}, "
+              "lower it or raise the other")
         check(self.min_lr <= self.learning_rate,
               f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
 
@@ -123,8 +124,7 @@ class TrainConfig:
 RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
              "log_interval"}
 # What --init_from takes over from the run before, beside the model.
-INHERITED = ("preset", "dataset", "data_dir", "repeat_frac", "shortest_span",
-             "longest_span")
+INHERITED = ("preset", "dataset", "data_dir", "repeat_frac", "shortest_span", "longest_span")
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -223,8 +223,8 @@ def repeat_spans(row, cfg, rng):
     """Copy spans of a row (T,) to later places in it, in place.
 
     Spans are copied until their lengths add up to repeat_frac * T or more. Lengths are log-uniform
-    from shortest_span to longest_span, and half of the row at most. Distances are any. To
-    predict a copy, a model has to find the span in its context: that is how it learns to retrieve.
+    from shortest_span to longest_span, and half of the row at most. Distances are any. To predict a
+    copy, a model has to find the span in its context: that is how it learns to retrieve.
     """
     T = len(row)
     longest = min(cfg.longest_span, T // 2)

@@ -436,7 +436,8 @@ vocab_size=300 block_size=65 n_layer=3 n_head=4 n_kv_head=2 n_embd=16 ffn_dim=24
 pattern=RNC window=9 rope_theta=5000.0 rope_theta_full=20000.0 qk_norm=True
 log_scale=True attn_scale=0.2 logit_scale=0.5 norm_eps=1e-06 attention=mask
 
-preset=rnope scale=gpu repeat_frac=0.3 long_rows=130 long_frac=0.3 batch_size=4
+preset=rnope scale=gpu repeat_frac=0.3 shortest_span=5 longest_span=60 long_rows=130
+long_frac=0.3 batch_size=4
 gradient_accumulation_steps=2 max_iters=2 optimizer=adamw learning_rate=0.003
 min_lr=0.002 warmup_iters=1 weight_decay=0.2 beta1=0.8 beta2=0.9 grad_clip=0.7 seed=5
 eval_interval=2 eval_iters=1 log_interval=2 device=cpu dtype=bfloat16 compile=False
@@ -547,7 +548,9 @@ def test_default_folders_are_numbered(tiny_flags, tmp_path, monkeypatch):
 
 def test_a_second_stage_keeps_text_and_model_and_counts_on(fit, tiny_run, tmp_path, capsys):
     first = load_run(tiny_run)
-    one = fit(tmp_path / "one", f"--init_from={tiny_run}", "--long_rows=256", "--max_iters=4")
+    spans = ["--repeat_frac=0.3", "--shortest_span=5", "--longest_span=9"]
+    long = [f"--init_from={tiny_run}", "--long_rows=256", "--max_iters=4"]
+    one = fit(tmp_path / "one", *long, *spans)
     out = capsys.readouterr().out
     assert "first step of 64-token rows" in out
     assert "first step of 256-token rows" in out
@@ -558,7 +561,8 @@ def test_a_second_stage_keeps_text_and_model_and_counts_on(fit, tiny_run, tmp_pa
     assert stages == [0, 1, 2]
     model, cfg, _ = load_run(two)
     assert model.config == first[0].config
-    assert (cfg.dataset, cfg.preset, cfg.repeat_frac) == ("tiny", "rnope-swa", 0.28)
+    assert (cfg.dataset, cfg.preset) == ("tiny", "rnope-swa")
+    assert (cfg.repeat_frac, cfg.shortest_span, cfg.longest_span) == (0.3, 5, 9)
 
 
 def test_a_second_stage_starts_from_the_weights(fit, tiny_run, tmp_path):
