@@ -207,21 +207,27 @@ def tables(found):
     }
 
 
-def frontier(found):
-    """A table for each line of frontier.json: a row a number, a column a length of context."""
-    numbers = defaultdict(dict)  # {line: {caption: values}}
-    for row in found["rows"] + found["not_in_the_readme"] + found["longer_spans"]["rows"]:
+def by_line(rows):
+    """Rows of frontier.json -> {line: {caption: values}}, values[length][seed]."""
+    numbers = defaultdict(dict)
+    for row in rows:
         line, caption = row["name"].split(": ")
         numbers[line][caption] = row["values"]
+    return numbers
+
+
+def frontier(found):
+    """A table for each line of frontier.json: a row a number, a column a length of context."""
+    lines = by_line(found["rows"] + found["not_in_the_readme"] + found["longer_spans"]["rows"])
     captions = ("questions answered", "a passage the first time", "a passage again",
                 "last 256 bytes")
     head = ["", *[f"{length:,}" for length in found["lengths"]]]
     made = []
-    for its in numbers.values():
+    for numbers in lines.values():
         rows = []
         for caption in captions:
             cells = [cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2)
-                     for seeds in its[caption]]
+                     for seeds in numbers[caption]]
             rows.append([caption, *cells, *[""] * (len(head) - 1 - len(cells))])
         made.append(markdown(head, rows))
     return made
@@ -239,24 +245,21 @@ def as_run(found, name, seed):
     return SimpleNamespace(found=probes, T=lengths[0], lengths=lengths)
 
 
-def frontier_lines():
+def frontier_lines(found):
     """The runs of frontier.json, as `sample.draw` takes them."""
-    found = json.loads((HERE / "frontier.json").read_text())
     captions = {"questions answered": ("needle", "answered"), "a passage again": ("copy", "again"),
                 "a passage the first time": ("copy", "first")}
     lines = {}
-    for row in found["rows"] + found["not_in_the_readme"]:
-        line, caption = row["name"].split(": ")
-        if caption not in captions:
-            continue
-        probe, number = captions[caption]
-        lengths = found["lengths"][: len(row["values"])]
-        seeds = [SimpleNamespace(found=defaultdict(lambda: defaultdict(dict)), lengths=lengths,
-                                 T=lengths[0]) for _ in row["values"][0]]
-        runs = lines.setdefault(line, seeds)
-        for length, values in zip(lengths, row["values"], strict=True):
-            for run, value in zip(runs, values, strict=True):
-                run.found[probe][length][number] = value
+    for line, numbers in by_line(found["rows"] + found["not_in_the_readme"]).items():
+        answered = numbers["questions answered"]
+        lengths = found["lengths"][: len(answered)]
+        runs = [SimpleNamespace(found=defaultdict(lambda: defaultdict(dict)), lengths=lengths,
+                                T=lengths[0]) for _ in answered[0]]
+        lines[line] = runs
+        for caption, (probe, number) in captions.items():
+            for length, values in zip(lengths, numbers[caption], strict=True):
+                for run, value in zip(runs, values, strict=True):
+                    run.found[probe][length][number] = value
     names = {f"{line} ({len(runs)} seeds)".replace("(1 seeds)", "(1 seed)"): runs
              for line, runs in lines.items()}
     return dict(sorted(names.items(), reverse=True))  # rope first
@@ -265,14 +268,14 @@ def frontier_lines():
 def main(argv):
     parse_flags({}, argv, __doc__)
     found = json.loads((HERE / "variants.json").read_text())
-    of_frontier = frontier(json.loads((HERE / "frontier.json").read_text()))
-    for page, its in (tables(found) | dict(frontier=of_frontier)).items():
+    of_frontier = json.loads((HERE / "frontier.json").read_text())
+    for page, its in (tables(found) | dict(frontier=frontier(of_frontier))).items():
         print(f"{page}.md", *its, sep="\n\n", end="\n\n")
     for page, (names, probes) in FIGURES.items():
         lines = {name: [as_run(found, name, seed) for seed in range(3)] for name in names}
         sample.draw(lines, SimpleNamespace(probes=probes), HERE / f"{page}.png")
     probes = ["needle", "copy"]
-    sample.draw(frontier_lines(), SimpleNamespace(probes=probes), HERE / "frontier.png")
+    sample.draw(frontier_lines(of_frontier), SimpleNamespace(probes=probes), HERE / "frontier.png")
 
 
 if __name__ == "__main__":
