@@ -95,6 +95,7 @@ class SampleConfig:
     plot: str = flag("", "file of the figure; empty: probe.png in the first run")
     block_size: int | None = override()
     log_scale: bool | None = override()
+    attn_scale: float | None = override()
     window: int | None = override()
     rope_theta: float | None = override()
     attention: str | None = override()

@@ -453,13 +453,14 @@ def test_a_flag_without_effect_is_told_once(variant, own_run, capsys):
 def test_flags_of_the_model_change_what_is_measured(own_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # it does not matter here
     found = {}
-    for flag in ("--seed=1", "--window=2", "--log_scale", "--rope_theta=10", "--attention=mask"):
+    changes = ("--window=2", "--log_scale", "--attn_scale=0.5", "--rope_theta=10")
+    for flag in ("--seed=1", "--attention=mask", *changes):
         ask(own_run, "--probe=loss", flag)
         found[flag] = [x["bits_per_byte"] for x in numbers(own_run)["loss"].values()]
     plain = found["--seed=1"]
     assert found["--attention=mask"] == pytest.approx(plain, rel=1e-4)
     assert found["--log_scale"][0] == pytest.approx(plain[0], rel=1e-6)  # up to T
-    for flag in ("--window=2", "--log_scale", "--rope_theta=10"):
+    for flag in changes:
         assert found[flag][1] != pytest.approx(plain[1], rel=1e-5)
 
 
