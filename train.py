@@ -82,7 +82,7 @@ class TrainConfig:
     repeat_frac: float = data_flag(0.28, "length of a row's copied spans over its own; 0: none",
                                    most=0.9)
     shortest_span: int = data_flag(12, "fewest tokens of a copied span", least=1)
-    longest_span: int = data_flag(128, "most tokens of a copied span, half of a short row", least=1)
+    longest_span: int = data_flag(192, "most tokens of a copied span, half of a short row", least=1)
     long_rows: int = data_flag(0, "tokens of a row in long steps; 0: none")
     long_frac: float = data_flag(0.5, "share of steps that are long", most=1)
     out_dir: str = output_flag("", "folder of the run; empty: out/PRESET, numbered if taken")

@@ -4,8 +4,8 @@
 
 variants.json holds what `train.py`, `sample.py`, `ruler.py` and `bench.py` found by the commands on
 those pages, one number for each seed. Cells are the mean of the seeds (least–most). The first
-tables of speed.md and cost.md come from it, too. The first tables of frontier.md and its figure
-come from frontier.json.
+tables of speed.md and cost.md come from it, too. The tables of frontier.md by length and its
+figure come from frontier.json.
 """
 
 import json
@@ -42,6 +42,10 @@ KINDS = (  # caption, probe, number
     ("a passage again, bits per byte", "copy", "again"),
     ("last 256 bytes, bits per byte", "loss", "bits_per_byte"),
 )
+HEADLINES = {  # line of frontier.json: what it is compared with
+    "rnope-swa-log": "first_stages",
+    "after a second stage": "second_stages",
+}
 FIGURES = {  # page: lines, probes. Colours go by place: rope comes first and rnope-swa-log second
     "part1": (PAPER, ["needle", "attention"]),
     "part2": (("rope", "rnope-swa-log", "rnope", "rnope-swa"), ["needle", "attention"]),
@@ -216,20 +220,28 @@ def by_line(rows):
     return numbers
 
 
+def by_context(caption, rows, lengths):
+    """A row a name of rows, {name: values[length][seed]}, a column a length of context."""
+    lines = []
+    for name, values in rows.items():
+        cells = [cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2) for seeds in values]
+        lines.append([name, *cells, *[""] * (len(lengths) - len(cells))])
+    return markdown([caption, *[f"{length:,}" for length in lengths]], lines)
+
+
 def frontier(found):
-    """A table for each line of frontier.json: a row a number, a column a length of context."""
-    lines = by_line(found["rows"] + found["not_in_the_readme"] + found["longer_spans"]["rows"])
+    """A table for each line of the figure, then tables that compare the lines of a stage."""
+    lengths = found["lengths"]
+    headline = by_line(found["rows"] + found["not_in_the_readme"])
     captions = ("questions answered", "a passage the first time", "a passage again",
                 "last 256 bytes")
-    head = ["", *[f"{length:,}" for length in found["lengths"]]]
-    made = []
-    for numbers in lines.values():
-        rows = []
-        for caption in captions:
-            cells = [cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2)
-                     for seeds in numbers[caption]]
-            rows.append([caption, *cells, *[""] * (len(head) - 1 - len(cells))])
-        made.append(markdown(head, rows))
+    made = [by_context("", {caption: numbers[caption] for caption in captions}, lengths)
+            for numbers in headline.values()]
+    for line, stage in HEADLINES.items():
+        lines = {line: headline[line]} | by_line(found[stage])
+        for caption in ("questions answered", "a passage again", "last 256 bytes"):
+            rows = {name: numbers[caption] for name, numbers in lines.items()}
+            made.append(by_context(caption, rows, lengths))
     return made
 
 

@@ -41,7 +41,7 @@ TRAIN = [
     (["--seed=99999999999"], "or less"),
     (["--optimizer=sgd"], "(choose from"),
     (["--repeat_frac=1.5"], "--repeat_frac=1.5: it must be 0.9 or less"),
-    (["--shortest_span=200"], "--shortest_span=200: above --longest_span=128"),
+    (["--shortest_span=200"], "--shortest_span=200: above --longest_span=192"),
     (["--long_rows=100"], "can be joined to 128, 256"),
     (["--long_rows=192"], "rows of 64 tokens by --batch_size=4"),
     (["--batch_size=1", "--long_rows=128"], "no longer ones: raise --batch_size"),

@@ -158,10 +158,10 @@ def test_a_span_is_half_of_a_short_row_at_most(T, longest):
 
 
 def test_the_asked_share_of_a_row_is_copied():
-    for frac in (0.1, 0.28):
-        rows = np.stack([repeated(1025, frac, seed) for seed in range(200)])
+    for frac in (0.1, 0.28):  # the last span goes beyond it: the longer spans are, the farther
+        rows = np.stack([repeated(1025, frac, seed, longest_span=64) for seed in range(200)])
         copied = rows != np.arange(1025)
-        assert copied.mean() == pytest.approx(frac, abs=0.04)
+        assert copied.mean() == pytest.approx(frac, abs=0.03)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 5])
