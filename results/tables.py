@@ -4,8 +4,8 @@
 
 variants.json holds what `train.py`, `sample.py`, `ruler.py` and `bench.py` found by the commands on
 those pages, one number for each seed. Cells are the mean of the seeds (least–most). The first
-tables of speed.md and cost.md come from it, too. The tables of frontier.md by length and its
-figure come from frontier.json.
+tables of speed.md and cost.md come from it, too. frontier.json gives frontier.md's figure and
+most of its tables.
 """
 
 import json
@@ -42,9 +42,11 @@ KINDS = (  # caption, probe, number
     ("a passage again, bits per byte", "copy", "again"),
     ("last 256 bytes, bits per byte", "loss", "bits_per_byte"),
 )
-HEADLINES = {  # line of frontier.json: what it is compared with
-    "rnope-swa-log": "first_stages",
-    "after a second stage": "second_stages",
+NUMBERS = {  # captions of frontier.json: probe, number
+    "questions answered": ("needle", "answered"),
+    "a passage the first time": ("copy", "first"),
+    "a passage again": ("copy", "again"),
+    "last 256 bytes": ("loss", "bits_per_byte"),
 }
 FIGURES = {  # page: lines, probes. Colours go by place: rope comes first and rnope-swa-log second
     "part1": (PAPER, ["needle", "attention"]),
@@ -220,29 +222,64 @@ def by_line(rows):
     return numbers
 
 
-def by_context(caption, rows, lengths):
+def drawn(found):
+    """The lines of the figure, as `by_line` gives them."""
+    return by_line(found["rows"] + found["not_in_the_readme"])
+
+
+def short_cell(seeds):
+    return cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2)
+
+
+def context_table(caption, rows, lengths):
     """A row a name of rows, {name: values[length][seed]}, a column a length of context."""
     lines = []
     for name, values in rows.items():
-        cells = [cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2) for seeds in values]
+        cells = [short_cell(seeds) for seeds in values]
         lines.append([name, *cells, *[""] * (len(lengths) - len(cells))])
     return markdown([caption, *[f"{length:,}" for length in lengths]], lines)
 
 
+def first_and_last(lines, lengths):
+    """A row a line, its costs in the shortest and the longest context."""
+    captions = ("a passage again", "last 256 bytes")
+    columns = [(caption, n) for caption in captions for n in (0, -1)]
+    rows = [[name, *[short_cell(numbers[caption][n]) for caption, n in columns]]
+            for name, numbers in lines.items()]
+    return markdown(["", *[f"{caption}, {lengths[n]:,}" for caption, n in columns]], rows)
+
+
+def at_a_million(found, names):
+    """What second stages find at 1,048,576 tokens: answers by seed, the costs' means."""
+    near, far = "1024", "1048576"
+    rows = []
+    for name in names:
+        seeds = found["how"][name]["million"]
+        answers = [f"{seed['needle'][far]['answered'] * seed['questions']:.0f} of "
+                   f"{seed['questions']}" for seed in seeds]
+        costs = [rounded(np.mean([seed[probe][length][number] for seed in seeds]), 2)
+                 for probe, number in (NUMBERS["a passage again"], NUMBERS["last 256 bytes"])
+                 for length in (near, far)]
+        rows.append([name, ", ".join(answers), *costs])
+    captions = ("a passage again", "last 256 bytes")
+    costs = [f"{caption}, {int(n):,}" for caption in captions for n in (near, far)]
+    return markdown(["", f"questions answered at {int(far):,}, by seed", *costs], rows)
+
+
 def frontier(found):
-    """A table for each line of the figure, then tables that compare the lines of a stage."""
+    """The tables of frontier.json: of a line, then of what it is compared with."""
     lengths = found["lengths"]
-    headline = by_line(found["rows"] + found["not_in_the_readme"])
-    captions = ("questions answered", "a passage the first time", "a passage again",
-                "last 256 bytes")
-    made = [by_context("", {caption: numbers[caption] for caption in captions}, lengths)
-            for numbers in headline.values()]
-    for line, stage in HEADLINES.items():
-        lines = {line: headline[line]} | by_line(found[stage])
-        for caption in ("questions answered", "a passage again", "last 256 bytes"):
-            rows = {name: numbers[caption] for name, numbers in lines.items()}
-            made.append(by_context(caption, rows, lengths))
-    return made
+    lines = drawn(found)
+    made = [context_table("", {caption: numbers[caption] for caption in NUMBERS}, lengths)
+            for numbers in lines.values()]
+    stages = [{line: lines[line]} | by_line(found[stage]) for line, stage in
+              (("hybrid", "first_stages"), ("hybrid, second stage", "second_stages"))]
+    caption = "questions answered"
+    for compared in stages:
+        answered = {name: numbers[caption] for name, numbers in compared.items()}
+        made.append(context_table(caption, answered, lengths))
+        made.append(first_and_last(compared, lengths))
+    return [*made, at_a_million(found, stages[1])]
 
 
 def as_run(found, name, seed):
@@ -259,20 +296,18 @@ def as_run(found, name, seed):
 
 def frontier_lines(found):
     """The runs of frontier.json, as `sample.draw` takes them."""
-    captions = {"questions answered": ("needle", "answered"), "a passage again": ("copy", "again"),
-                "a passage the first time": ("copy", "first")}
     lines = {}
-    for line, numbers in by_line(found["rows"] + found["not_in_the_readme"]).items():
+    for line, numbers in drawn(found).items():
         answered = numbers["questions answered"]
         lengths = found["lengths"][: len(answered)]
         runs = [SimpleNamespace(found=defaultdict(lambda: defaultdict(dict)), lengths=lengths,
                                 T=lengths[0]) for _ in answered[0]]
         lines[line] = runs
-        for caption, (probe, number) in captions.items():
+        for caption, (probe, number) in NUMBERS.items():
             for length, values in zip(lengths, numbers[caption], strict=True):
                 for run, value in zip(runs, values, strict=True):
                     run.found[probe][length][number] = value
-    names = {f"{line} ({len(runs)} seeds)".replace("(1 seeds)", "(1 seed)"): runs
+    names = {f"{line} ({len(runs)} seed{'s' * (len(runs) > 1)})": runs
              for line, runs in lines.items()}
     return dict(sorted(names.items(), reverse=True))  # rope first
 
