@@ -614,8 +614,9 @@ def export(run):
     """Write a folder that transformers reads, with the tokenizer."""
     folder = run.cfg.export
     check(len(run.cfg.runs) < 2, "--export writes one run: name one")
-    check(not run.model.config.log_scale, "cohere2 has no log_scale: add --no-log_scale, though it "
-          "finds less far beyond its training context then")
+    sharper = run.model.config.log_scale or run.model.config.attn_scale
+    check(not sharper, "cohere2 has no log_scale and no attn_scale: add --no-log_scale "
+          "--attn_scale=0, though it finds less far beyond its training context then")
     check(not Path(folder).exists(), f"--export={folder} exists: name a new folder")
     # Rows that pad the embedding stand for no token: transformers would generate them.
     run.model.config.vocab_size = run.enc.n_vocab

@@ -632,8 +632,10 @@ def test_an_export_that_would_lose_something_is_refused(tiny_run, theirs, tmp_pa
         sample.main, [str(theirs), str(tiny_run), f"--export={tmp_path}/x", "--device=cpu"]
     )
     assert "--export writes one run" in line
-    changed = f"--export={tmp_path}/x", "--log_scale", "--device=cpu"
-    assert "add --no-log_scale" in refusal(sample.main, [str(tiny_run), *changed])
+    for sharper in ("--log_scale", "--attn_scale=0.1"):
+        changed = f"--export={tmp_path}/x", sharper, "--device=cpu"
+        line = refusal(sample.main, [str(tiny_run), *changed])
+        assert "add --no-log_scale --attn_scale=0" in line
     assert not (tmp_path / "x").exists()
 
 
