@@ -2,11 +2,12 @@
 
     python train.py                                      # RNoPE-SWA on the default text
     python train.py --preset=rope                        # the baseline, everything else equal
-    python train.py --init_from=out/rnope-swa --long_rows=8192   # a second stage, on a GPU
+    python train.py --init_from=out/rnope-swa --long_rows=8192 --learning_rate=1e-3 --max_iters=200
     python train.py --resume --out_dir=out/rnope-swa     # go on with a run that was stopped
     torchrun --standalone --nproc_per_node=8 train.py --gradient_accumulation_steps=8
 
 Nothing is taught: rows are plain text in which some spans are copied from earlier in the row.
+--init_from is a second stage: a run goes on at a lower rate, with some steps on long rows.
 A run lives in out/NAME: config.json (how it was made), log.jsonl (what it did) and ckpt.pt (where
 it stands). Micro-batch n is a pure function of the seed, the stage and n. So resuming needs no
 position in the data, and N processes see the batches that one would.
