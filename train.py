@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=8 train.py --gradient_accumulation_steps=8
 
 Nothing is taught: rows are plain text in which some spans are copied from earlier in the row.
---init_from is a second stage: a run goes on at a lower rate, with some steps on long rows.
+--init_from starts a second stage: give it a lower rate, and long rows for some of its steps.
 A run lives in out/NAME: config.json (how it was made), log.jsonl (what it did) and ckpt.pt (where
 it stands). Micro-batch n is a pure function of the seed, the stage and n. So resuming needs no
 position in the data, and N processes see the batches that one would.

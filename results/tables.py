@@ -48,6 +48,7 @@ NUMBERS = {  # captions of frontier.json: probe, number
     "a passage again": ("copy", "again"),
     "last 256 bytes": ("loss", "bits_per_byte"),
 }
+COSTS = ("a passage again", "last 256 bytes")
 FIGURES = {  # page: lines, probes. Colours go by place: rope comes first and rnope-swa-log second
     "part1": (PAPER, ["needle", "attention"]),
     "part2": (("rope", "rnope-swa-log", "rnope", "rnope-swa"), ["needle", "attention"]),
@@ -75,14 +76,19 @@ def markdown(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def context_table(caption, rows, lengths):
+    """A row a name of rows, {name: cells}, a column a length of context; cells may end early."""
+    lines = [[name, *cells, *[""] * (len(lengths) - len(cells))] for name, cells in rows.items()]
+    return markdown([caption, *[f"{int(length):,}" for length in lengths]], lines)
+
+
 def by_length(found, names, lengths, kind):
-    """A row a name, a column a length of context."""
     caption, probe, number = kind
-    rows = []
+    rows = {}
     for name in names:
         numbers = found["probes"][name][probe]
-        rows.append([name, *[cell(numbers[length][number]) for length in lengths]])
-    return markdown([caption, *[f"{int(length):,}" for length in lengths]], rows)
+        rows[name] = [cell(numbers[length][number]) for length in lengths]
+    return context_table(caption, rows, lengths)
 
 
 def after_training(found, names):
@@ -108,12 +114,11 @@ def attention(found, names):
 
 def ruler(found, names, lengths):
     """The average over RULER's tasks, a row a name."""
-    rows = []
+    rows = {}
     for name in names:
         scores = found["ruler"][name]
-        cells = [cell(scores[length]["average"]) if length in scores else "" for length in lengths]
-        rows.append([name, *cells])
-    return markdown(["RULER's tasks, average", *[f"{int(x):,}" for x in lengths]], rows)
+        rows[name] = [cell(scores[x]["average"]) if x in scores else "" for x in lengths]
+    return context_table("RULER's tasks, average", rows, lengths)
 
 
 def ruler_tasks(found, names, length):
@@ -227,56 +232,52 @@ def drawn(found):
     return by_line(found["rows"] + found["not_in_the_readme"])
 
 
-def short_cell(seeds):
-    return cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2)
+def short_cells(values):
+    """Cells of values[length][seed], without a range where there is one seed."""
+    return [cell(seeds) if len(seeds) > 1 else rounded(*seeds, 2) for seeds in values]
 
 
-def context_table(caption, rows, lengths):
-    """A row a name of rows, {name: values[length][seed]}, a column a length of context."""
-    lines = []
-    for name, values in rows.items():
-        cells = [short_cell(seeds) for seeds in values]
-        lines.append([name, *cells, *[""] * (len(lengths) - len(cells))])
-    return markdown([caption, *[f"{length:,}" for length in lengths]], lines)
+def cost_columns(lengths):
+    return [f"{caption}, {length:,}" for caption in COSTS for length in lengths]
 
 
 def first_and_last(lines, lengths):
     """A row a line, its costs in the shortest and the longest context."""
-    captions = ("a passage again", "last 256 bytes")
-    columns = [(caption, n) for caption in captions for n in (0, -1)]
-    rows = [[name, *[short_cell(numbers[caption][n]) for caption, n in columns]]
-            for name, numbers in lines.items()]
-    return markdown(["", *[f"{caption}, {lengths[n]:,}" for caption, n in columns]], rows)
+    rows = []
+    for name, numbers in lines.items():
+        values = [numbers[caption][n] for caption in COSTS for n in (0, -1)]
+        rows.append([name, *short_cells(values)])
+    return markdown(["", *cost_columns([lengths[0], lengths[-1]])], rows)
 
 
 def at_a_million(found, names):
     """What second stages find at 1,048,576 tokens: answers by seed, the costs' means."""
-    near, far = "1024", "1048576"
+    lengths = (1024, 2**20)
     rows = []
     for name in names:
         seeds = found["how"][name]["million"]
-        answers = [f"{seed['needle'][far]['answered'] * seed['questions']:.0f} of "
+        answers = [f"{seed['needle'][str(2**20)]['answered'] * seed['questions']:.0f} of "
                    f"{seed['questions']}" for seed in seeds]
-        costs = [rounded(np.mean([seed[probe][length][number] for seed in seeds]), 2)
-                 for probe, number in (NUMBERS["a passage again"], NUMBERS["last 256 bytes"])
-                 for length in (near, far)]
+        costs = [rounded(np.mean([seed[probe][str(length)][number] for seed in seeds]), 2)
+                 for probe, number in map(NUMBERS.get, COSTS) for length in lengths]
         rows.append([name, ", ".join(answers), *costs])
-    captions = ("a passage again", "last 256 bytes")
-    costs = [f"{caption}, {int(n):,}" for caption in captions for n in (near, far)]
-    return markdown(["", f"questions answered at {int(far):,}, by seed", *costs], rows)
+    head = ["", f"questions answered at {2**20:,}, by seed", *cost_columns(lengths)]
+    return markdown(head, rows)
 
 
 def frontier(found):
     """The tables of frontier.json: of a line, then of what it is compared with."""
     lengths = found["lengths"]
     lines = drawn(found)
-    made = [context_table("", {caption: numbers[caption] for caption in NUMBERS}, lengths)
-            for numbers in lines.values()]
+    made = []
+    for numbers in lines.values():
+        rows = {caption: short_cells(numbers[caption]) for caption in NUMBERS}
+        made.append(context_table("", rows, lengths))
     stages = [{line: lines[line]} | by_line(found[stage]) for line, stage in
               (("hybrid", "first_stages"), ("hybrid, second stage", "second_stages"))]
     caption = "questions answered"
     for compared in stages:
-        answered = {name: numbers[caption] for name, numbers in compared.items()}
+        answered = {name: short_cells(numbers[caption]) for name, numbers in compared.items()}
         made.append(context_table(caption, answered, lengths))
         made.append(first_and_last(compared, lengths))
     return [*made, at_a_million(found, stages[1])]
