@@ -32,6 +32,7 @@ STAGES = ("rope, second stage", "rope, theta 2M, second stage", "rnope-swa, seco
           "rnope-swa-log, second stage")
 HYBRIDS = ("rope", "rnope-swa", "rnope-swa-log", "swan", "llama4", "exaone4", "smollm3", "olmo3",
            "gemma3", "gpt-oss")
+ASKED = (*HYBRIDS, "exaone4, log_scale")
 THETAS = ("rope", "rope, theta 1e5", "rope, theta 1e6", "rope, theta 1e7")
 ABLATIONS = ("SN", "SSSSSSSN", "window 32", "window 256", "window 512", "2 key/value heads",
              "1 key/value head")
@@ -56,7 +57,7 @@ FIGURES = {  # page: lines, probes. Colours go by place: rope comes first and rn
                "rnope-swa, second stage", "rope, second stage"), ["needle", "copy"]),
     "ablations": (("rnope-swa", "SN", "SSSSSSSN", "window 32", "window 512"), ["needle", "copy"]),
     "hybrids": (("rnope-swa", "rnope-swa-log", "swan", "llama4", "exaone4", "olmo3", "gemma3",
-                 "gpt-oss"), ["needle", "copy"]),
+                 "gpt-oss", "exaone4, log_scale"), ["needle", "copy"]),
 }
 
 
@@ -189,6 +190,7 @@ def tables(found):
 
     far = ("1024", "262144")
     to_far = [f"{name} to 262,144" for name in ("rnope-swa", "rnope-swa-log", "swan", "llama4")]
+    asked_far = [*to_far, "exaone4, log_scale to 262,144"]
     before = ["rnope-swa to 65,536", "rnope-swa-log to 65,536"]
     return {
         "part1": [after_training(found, PAPER), *lengths(PAPER, SHORT), attention(found, PAPER)],
@@ -207,11 +209,13 @@ def tables(found):
         ],
         "hybrids": [
             costs(found, HYBRIDS),
-            *lengths(HYBRIDS, SHORT),
-            *[by_length(found, to_far, far, kind) for kind in KINDS[:2]],
+            *lengths(ASKED, SHORT),
+            by_length(found, asked_far, far, KINDS[0]),
+            by_length(found, to_far, far, KINDS[1]),
             ruler(found, HYBRIDS, (*SHORT, "262144")),
             ruler_tasks(found, HYBRIDS, "1024"),
             ruler_tasks(found, HYBRIDS, "16384"),
+            ruler_tasks(found, HYBRIDS[1:6], "262144"),
         ],
         "speed": [speed(found)],
         "cost": [reading_and_writing(found)],
