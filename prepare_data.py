@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -167,16 +168,22 @@ def read_text(path):
     return text
 
 
-def find_files(path, key, seen):
-    """Yield (key, path) of the visible files at or below path, each once. Links are followed."""
-    real = os.path.realpath(path)
+def find_files(path, key, seen, real=None):
+    """Yield (key, path) of the visible files at or below path, each once. Links are followed.
+
+    real: path without links, where the caller knows it: to ask for it takes longer than to read.
+    """
+    real = real or os.path.realpath(path)
     if real in seen:
         return
     seen.add(real)
     if path.is_file():
         yield key, path
-    for child in sorted(path.glob("[!.]*")):  # a file has none
-        yield from find_files(child, f"{key}/{child.name}", seen)
+    with suppress(OSError):  # a file has no children, and some folders may not be read
+        for child in sorted(os.scandir(path), key=attrgetter("name")):
+            if not child.name.startswith("."):
+                known = None if child.is_symlink() else f"{real}/{child.name}"
+                yield from find_files(path / child.name, f"{key}/{child.name}", seen, known)
 
 
 def fixed_random(purpose, key):
