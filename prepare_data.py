@@ -171,19 +171,22 @@ def read_text(path):
 def find_files(path, key, seen, real=None):
     """Yield (key, path) of the visible files at or below path, each once. Links are followed.
 
-    real: path without links, where the caller knows it: to ask for it takes longer than to read.
+    real: path without links. Pass it if it is known: os.path.realpath is slow.
     """
     real = real or os.path.realpath(path)
     if real in seen:
         return
     seen.add(real)
-    if path.is_file():
+    if os.path.isfile(path):
         yield key, path
-    with suppress(OSError):  # a file has no children, and some folders may not be read
-        for child in sorted(os.scandir(path), key=attrgetter("name")):
-            if not child.name.startswith("."):
-                known = None if child.is_symlink() else f"{real}/{child.name}"
-                yield from find_files(path / child.name, f"{key}/{child.name}", seen, known)
+    try:
+        children = sorted(os.scandir(path), key=attrgetter("name"))
+    except OSError:  # a file has none, and some folders may not be read
+        return
+    for child in children:
+        if not child.name.startswith("."):
+            known = None if child.is_symlink() else os.path.join(real, child.name)
+            yield from find_files(path / child.name, f"{key}/{child.name}", seen, known)
 
 
 def fixed_random(purpose, key):

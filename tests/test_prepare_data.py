@@ -191,6 +191,36 @@ def test_linked_folders_are_followed_once_and_loops_end(tmp_path):
     assert len(texts) == 7, "a file that is named twice is one document"
 
 
+def test_a_folder_that_may_not_be_read_costs_no_other_file(tmp_path, monkeypatch):
+    root = folder_of_texts(tmp_path / "t", 6)
+    (root / "closed").mkdir()
+    (root / "zz.txt").write_text("after the closed folder\n")
+    really = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "after the closed folder\n" in pd.read_named(["t"], "data").values()
+
+
+def test_from_the_root_of_the_file_system_each_file_comes_once(tmp_path, monkeypatch):
+    root = folder_of_texts(tmp_path / "t", 6)
+    (root / "zz").symlink_to(root / "sub0")
+    really = os.scandir
+
+    def scandir(path):  # as if the folder t were the only one from / on
+        children = really(path)
+        if Path(path) in root.parents:
+            return [child for child in children if Path(child.path) in [root, *root.parents]]
+        return children
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(list(pd.find_files(Path("/"), "all", set()))) == 6
+
+
 def test_a_folder_around_the_datasets_is_read_without_them(tmp_path):
     folder_of_texts(tmp_path / "t", 5)
     folder_of_texts(tmp_path / "data" / "downloads", 50)
