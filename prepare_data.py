@@ -179,9 +179,10 @@ def find_files(path, key, seen, real=None):
     seen.add(real)
     if os.path.isfile(path):
         yield key, path
+        return
     try:
         children = sorted(os.scandir(path), key=attrgetter("name"))
-    except OSError:  # a file has none, and some folders may not be read
+    except OSError:  # some folders may not be read, and some links lead nowhere
         return
     for child in children:
         if not child.name.startswith("."):
