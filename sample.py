@@ -510,7 +510,7 @@ def draw_lines(axis, panel, lines):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params("x", rotation=30)
-        axis.set_xlabel("context, tokens (dotted: block_size)")
+        axis.set_xlabel("context, tokens (dotted: in training)")
     # Names that would run into each other, or into the axis, are moved apart.
     ends.sort()
     heights = np.array([y for y, *_ in ends]) / axis.get_ylim()[1]
