@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prepare_data
 from model import check, flag
-from sample import SampleConfig, hide, lines_of, new_facts, open_runs, shortest_first
+from sample import SampleConfig, hide, lines_of, new_facts, open_runs, override, shortest_first
 from train import DTYPES, git_revision, stream
 
 SINGLE = ("single-sentences", "single-noise", "single-prose")
@@ -55,6 +55,8 @@ class RulerConfig:
     samples: int = flag(32, "rows of each task and length", least=1)
     needles: int = flag(4, "facts in a row of the multi tasks", least=1)
     digits: int = flag(7, "of a value", least=1)
+    log_scale: bool | None = override()
+    attn_scale: float | None = override()
     seed: int = flag(1337, "of the facts and their places", most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "auto: the run's own", choices=DTYPES)

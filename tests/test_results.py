@@ -318,6 +318,14 @@ def test_facts_are_hidden_in_what_the_task_says(run, data):
     assert rest["single-prose"] in as_bytes(data.val)
 
 
+def test_ruler_can_ask_a_run_with_its_scales_changed(folders):
+    cfg = ruler.RulerConfig(runs=(str(folders[0]),), log_scale=True, attn_scale=0.1, device="cpu")
+    [run] = ruler.open_runs(cfg.for_sample())
+    assert run.changed == dict(log_scale=True, attn_scale=0.1)
+    assert run.model.query_scale(torch.tensor([run.T - 1, 8 * run.T]))[1] > 1
+    assert run.model.query_scale(torch.tensor([run.T // 2])) == 1
+
+
 def test_ruler_writes_its_table_and_numbers(folders, tmp_path, capsys, monkeypatch):
     real = ruler.share_right  # 0 for models that have learnt nothing
 
