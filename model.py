@@ -1,4 +1,4 @@
-"""RNoPE-SWA and the hybrids around it: a decoder-only transformer whose layers differ in two facts,
+"""RNoPE-SWA and the hybrids around it: a decoder-only transformer whose layers differ in two ways:
 how they know where a token stands and how far back they see.
 
     paper (arXiv 2501.18795)        here
@@ -51,7 +51,7 @@ def flag(default, help, **rules):
     """A dataclass field that is also a command-line flag.
 
     rules: choices=(...), the only values allowed; least= and most=, of a number, which has to be 0
-    or more unless they say otherwise; group=, its heading in --help.
+    or more unless they say otherwise; group=, its heading in --help; positional=True, no dashes.
     """
     return field(default=default, metadata=dict(help=help, **rules))
 
@@ -198,9 +198,8 @@ def choose_path(path, device, dtype, head_dim):
     flash = flash_runs(device, dtype, head_dim)
     if path == "auto":
         return "flash" if flash else "blocks"
-    possible = flash or path != "flash"
-    check(possible, "--attention=flash needs an NVIDIA GPU from Ampere on, "
-          "bfloat16, and heads of 8, 16, ... 256: drop the flag")
+    check(flash or path != "flash", "--attention=flash needs an NVIDIA GPU from Ampere on, "
+          "bfloat16, and heads of 8, 16, ... 256: use --attention=auto")
     return path
 
 
@@ -290,8 +289,7 @@ def rotate(x, rotation):
     """Rotate the (even, odd) pairs of x (B, T, H, D): the interleaved form, as in cohere2."""
     cos, sin = rotation
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    turned = x.float() * cos + swapped.float() * sin
-    return turned.to(x.dtype)
+    return (x * cos + swapped * sin).to(x.dtype)  # the tables are fp32, and so is the sum
 
 
 # ---- The model ----------------------------------------------------------------------------------
@@ -508,8 +506,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """FLOPs of a training step per token of a T-token row.
 
-        6 for each weight, and 12 n_embd for each key that a query sees: 2 for a multiply-add, and
-        the backward pass costs twice the forward. Masked scores are not counted.
+        6 for each weight: 2 for a multiply-add, times 3, since the backward pass costs twice the
+        forward. 12 n_embd for each key that a query sees: its score and its value, 6 each. Masked
+        scores are not counted.
         """
         position = torch.arange(T).double()
         keys = 0.0  # that a query sees, on average, summed over the layers
@@ -529,8 +528,9 @@ class GPT(nn.Module):
             position, span = LAYERS[letter]
             if span != "full":
                 span += f"={self.config.window}"
-            if letter == "N" and self.config.log_scale:
-                span += " log_scale"
+            for name in ("log_scale", "attn_scale"):
+                if letter == "N" and getattr(self.config, name):
+                    span += f" {name}"
             words.append(f"{n} {letter} {position} {span}")
         return " | ".join(words)
 

@@ -6,7 +6,8 @@
     python train.py --resume --out_dir=out/rnope-swa     # go on with a run that was stopped
     torchrun --standalone --nproc_per_node=8 train.py --gradient_accumulation_steps=8
 
-Nothing is taught: rows are plain text in which some spans are copied from earlier in the row.
+No question and no fact is trained on: rows are plain text in which some spans are copied from
+earlier in the row.
 --init_from starts a second stage: give it a lower rate, and long rows for some of its steps.
 A run lives in out/NAME: config.json (how it was made), log.jsonl (what it did) and ckpt.pt (where
 it stands). Micro-batch n is a pure function of the seed, the stage and n. So resuming needs no
@@ -57,6 +58,7 @@ SCALES = {  # defaults that fit the machine; flags given beat them
 }  # fmt: skip
 
 DTYPES = ("auto", "float32", "bfloat16")
+STOPS = (signal.SIGINT, signal.SIGTERM)  # a run ends after its step when it hears one
 
 PEAK_FLOPS = {  # dense bf16 by exact name, from the vendors' datasheets; for MFU
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -80,10 +82,10 @@ class TrainConfig:
     scale: str = flag("auto", "named set of defaults", choices=("auto", *SCALES), group="model")
     dataset: str = data_flag("python", "folder under data_dir that prepare_data.py wrote")
     data_dir: str = data_flag("data", "where prepared datasets are")
-    repeat_frac: float = data_flag(0.28, "length of a row's copied spans over its own; 0: none",
-                                   most=0.9)
+    repeat_frac: float = data_flag(0.28, "copy spans, one at least, up to this share of a row; "
+                                   "0: none", most=0.9)
     shortest_span: int = data_flag(12, "fewest tokens of a copied span", least=1)
-    longest_span: int = data_flag(192, "most tokens of a copied span, half of a short row", least=1)
+    longest_span: int = data_flag(192, "most tokens of a copied span, half a row at most", least=1)
     long_rows: int = data_flag(0, "tokens of a row in long steps; 0: none")
     long_frac: float = data_flag(0.5, "share of steps that are long", most=1)
     out_dir: str = output_flag("", "folder of the run; empty: out/PRESET, numbered if taken")
@@ -94,15 +96,15 @@ class TrainConfig:
     log_interval: int = output_flag(10, "steps between lines of log.jsonl", least=1)
     init_from: str = flag("", "stage two: a run, or a cohere2 model, whose weights to start from")
     batch_size: int = flag(32, "rows of a micro-batch, per process", least=1)
-    gradient_accumulation_steps: int = flag(1, "micro-batches of a step, of all ranks", least=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches a step, of all processes", least=1)
     max_iters: int = flag(7000, "optimiser steps", least=1)
     optimizer: str = flag("muon", "optimizer of the hidden matrices", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate at the end")
     warmup_iters: int = flag(30, "steps of linear warm-up")
     weight_decay: float = flag(0.1, "weight decay of the matrices")
-    beta1: float = flag(0.9, "AdamW's, of the mean gradient", most=0.9999)
-    beta2: float = flag(0.95, "AdamW's, of the mean squared gradient", most=0.9999)
+    beta1: float = flag(0.9, "AdamW's decay of its mean gradient", most=0.9999)
+    beta2: float = flag(0.95, "AdamW's decay of its mean squared gradient", most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
     seed: int = flag(1337, "seed of the weights and the batches", most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -121,9 +123,9 @@ class TrainConfig:
               f"--min_lr={self.min_lr}: above --learning_rate={self.learning_rate}")
 
 
-# What --resume may change: nothing here changes what the next step computes.
-RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "eval_interval", "eval_iters",
-             "log_interval"}
+# What --resume may change: nothing here changes what the next step computes, up to rounding.
+RESUMABLE = {"resume", "out_dir", "data_dir", "device", "compile", "attention", "eval_interval",
+             "eval_iters", "log_interval"}
 # What --init_from takes over from the run before, beside the model.
 INHERITED = ("preset", "dataset", "data_dir", "repeat_frac", "shortest_span", "longest_span")
 
@@ -292,7 +294,7 @@ def ignore_stops(worker):
 
 
 def passage_length(T):
-    """How many tokens a passage has that is scored where it comes again, for training context T."""
+    """Tokens of the passage that is scored the second time it comes; T: training context."""
     return max(1, min(160, T // 4))
 
 
@@ -534,10 +536,9 @@ def choose_out_dir(cfg, pattern):
     while folder.exists() and not cfg.out_dir:
         number += 1
         folder = Path(f"out/{name}-{number}")
-    check(cfg.resume or not (folder / "ckpt.pt").exists(),
-          f"{folder} holds a run: add --resume, or name another --out_dir")
-    check(cfg.resume or not (folder / "config.json").exists(),
-          f"{folder} holds a run that has saved nothing: delete it, or name another --out_dir")
+    taken = any((folder / name).exists() for name in ("config.json", "ckpt.pt"))
+    check(cfg.resume or not taken,
+          f"{folder} holds a run: add --resume, delete it, or name another --out_dir")
     return folder
 
 
@@ -589,9 +590,6 @@ def provenance(machine, **about):
     """What a file of numbers says about itself."""
     return dict(about, command=shlex.join(sys.argv), git=git_revision(),
                 device=f"{machine.name} {machine.dtype}", torch=torch.__version__)
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -767,31 +765,30 @@ def make_run(given):
 
 def restore(run, checkpoint):
     """Start from a checkpoint: from its weights, and in a resumed run from where it stood."""
-    key = "train_sha256" if run.cfg.resume else "tokenizer"
-    told = checkpoint["meta"][key]
-    wrong = f"{run.data.folder} is not the text that {checkpoint['folder']} learns from"
+    meta = run.data.meta
+    told = checkpoint["meta"]
     if not run.cfg.resume:
-        wrong = (f"{checkpoint['folder']} needs a text in its own tokens: prepare_data.py "
-                 f"--tokenizer={told} --name=NAME makes one for --dataset=NAME")
-    check(run.data.meta[key] == told, wrong)
-    load_weights(run.model, checkpoint)
-    if not run.cfg.resume:
+        check(meta["tokenizer"] == told["tokenizer"],
+              f"{checkpoint['folder']} needs a text in its own tokens: prepare_data.py "
+              f"--tokenizer={told['tokenizer']} --name=NAME makes one for --dataset=NAME")
+        load_weights(run.model, checkpoint)
         run.stage = checkpoint["stage"] + 1
-    else:
-        run.stage = checkpoint["stage"]
-        run.step = checkpoint["step"]
-        run.written = checkpoint["written"]
-        for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        return
+    check(meta["train_sha256"] == told["train_sha256"],
+          f"{run.data.folder} is not the text that {checkpoint['folder']} learns from")
+    load_weights(run.model, checkpoint)
+    run.stage = checkpoint["stage"]
+    run.step = checkpoint["step"]
+    run.written = checkpoint["written"]
+    for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
 
 
 def check_rows(cfg, T, world):
     """UsageError for rows and micro-batches that cannot be shared out."""
-    size = cfg.batch_size
-    fitting = [T * rows for rows in range(1, size + 1) if size % rows == 0]
-    longer = ", ".join(map(str, fitting[1:12])) or "no longer ones: raise --batch_size"
-    check(cfg.long_rows in (0, *fitting), f"--long_rows={cfg.long_rows}: rows of {T} tokens by "
-          f"--batch_size={size} can be joined to {longer}")
+    tokens = cfg.batch_size * T
+    check(not cfg.long_rows or tokens % cfg.long_rows == 0, f"--long_rows={cfg.long_rows}: it must "
+          f"divide the {tokens} tokens of a micro-batch, --batch_size={cfg.batch_size} times {T}")
     micro = cfg.gradient_accumulation_steps
     check(micro % world == 0, f"--gradient_accumulation_steps={micro}: it must be a multiple of "
           f"{world}, the number of processes")
@@ -919,7 +916,7 @@ def explain_lost_process():
         yield
     except (EOFError, ConnectionError, RuntimeError) as error:
         why = repr(error)
-        lost = "DataLoader worker|EOFError|onnection|closed by peer|imed out|NCCL"
+        lost = "DataLoader worker|EOFError|onnection|closed by peer|imed out|NCCL (error|comm)"
         check(not re.search(lost, why),
               f"another process of this run has ended ({why[:100]}): see what it said, then use "
               "--resume")

@@ -320,7 +320,7 @@ def test_auto_asks_what_the_card_can_do(capability, hip, built, dtype, head_dim,
 
 
 def test_flash_on_a_cpu_is_refused():
-    with pytest.raises(UsageError, match="--attention=flash.*drop the flag"):
+    with pytest.raises(UsageError, match="--attention=flash.*use --attention=auto"):
         logits(build(attention="flash"), tokens(1, 8))
     assert m.choose_path("auto", torch.device("cpu"), torch.bfloat16, 64) == "blocks"
 
@@ -525,6 +525,8 @@ def test_the_plan_names_each_layer():
     assert build(pattern="SSSN", n_layer=4, window=7).plan() == (
         "0 S rope window=7 | 1 S rope window=7 | 2 S rope window=7 | 3 N nope full"
     )
+    scaled = build(pattern="SSSN", n_layer=4, log_scale=True, attn_scale=0.1)
+    assert scaled.plan().endswith("3 N nope full log_scale attn_scale")
     assert build(pattern="RWC", n_layer=3).plan() == (
         "0 R rope full | 1 W nope window=5 | 2 C rope chunk=5"
     )

@@ -500,6 +500,16 @@ def test_resuming_takes_the_flags_that_change_nothing(fit, stopped_run, tmp_path
     assert same_weights(moved, fit(tmp_path / "whole", "--max_iters=4"))
 
 
+def test_a_run_resumes_where_its_kernel_of_attention_is_missing(stopped_run):
+    state = torch.load(stopped_run / "ckpt.pt", weights_only=True)
+    state["model_config"]["attention"] = "flash"
+    torch.save(state, stopped_run / "ckpt.pt")
+    with pytest.raises(UsageError, match="--attention=flash needs .*: use --attention=auto"):
+        resume(stopped_run)
+    resume(stopped_run, "--attention=auto")
+    assert load_checkpoint(stopped_run)["step"] == 4
+
+
 def test_resuming_without_a_folder_takes_the_newest_run(stopped_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run in out"):
@@ -531,7 +541,7 @@ def test_handlers_of_signals_are_put_back(stopped_run):
 
 def test_a_new_run_does_not_overwrite_an_old_one(fit, tiny_run):
     before = {file: file.read_bytes() for file in tiny_run.iterdir()}
-    with pytest.raises(UsageError, match="holds a run: add --resume, or name another --out_dir"):
+    with pytest.raises(UsageError, match="holds a run: add --resume, delete it, or name another"):
         fit(tiny_run, "--max_iters=1")
     assert before == {file: file.read_bytes() for file in tiny_run.iterdir()}
 
@@ -590,9 +600,9 @@ def test_a_second_stage_keeps_the_preset(tiny_run, tmp_path, tiny_flags):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_saved_nothing_is_told_apart(tiny_flags, tmp_path):
+def test_a_run_that_saved_nothing_is_not_taken_over(tiny_flags, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="saved nothing: delete it, or name another --out_dir"):
+    with pytest.raises(UsageError, match="holds a run: add --resume, delete it, or name another"):
         train.main(tiny_flags(tmp_path))
 
 
