@@ -52,7 +52,8 @@ from model import (
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32,
-        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=4e-3, shortest_span=96,
+        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=8e-3, norm_rate=5.0,
+        shortest_span=96,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25.9M parameters
 }  # fmt: skip
@@ -101,6 +102,7 @@ class TrainConfig:
     optimizer: str = flag("muon", "optimizer of the hidden matrices", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate at the end")
+    norm_rate: float = flag(1.0, "rate of the norms' weights, over that of the others")
     warmup_iters: int = flag(30, "steps of linear warm-up")
     weight_decay: float = flag(0.1, "weight decay of the matrices")
     beta1: float = flag(0.9, "AdamW's decay of its mean gradient", most=0.9999)
@@ -393,7 +395,10 @@ def orthogonalise(x, group):
 
 
 def make_optimizers(model, cfg):
-    """AdamW, or Muon for the hidden matrices, at one learning rate. Decay is on matrices only."""
+    """AdamW, or Muon for the hidden matrices. Decay is on matrices only.
+
+    All learn at learning_rate, but the norms' weights at norm_rate times that.
+    """
     norms = [p for p in model.parameters() if p.dim() == 1]
     matrices = [p for p in model.parameters() if p.dim() == 2]
     optimizers = []
@@ -402,7 +407,7 @@ def make_optimizers(model, cfg):
         optimizers.append(BatchedMuon(hidden, cfg.learning_rate, cfg.weight_decay))
         matrices = [embedding]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
-              dict(params=norms, weight_decay=0.0)]
+              dict(params=norms, weight_decay=0.0, rate=cfg.norm_rate)]
     betas = (cfg.beta1, cfg.beta2)
     optimizers.append(torch.optim.AdamW(groups, cfg.learning_rate, betas, fused=True))
     return optimizers
@@ -865,7 +870,7 @@ def train_loop(run, heard):
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("rate", 1)
             optimizer.step()
             optimizer.zero_grad()
         step += 1

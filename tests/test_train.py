@@ -330,6 +330,23 @@ def test_batched_muon_takes_the_steps_of_torchs_muon():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_norm_rate_multiplies_the_rate_of_the_norms_alone(fit, tmp_path, optimizer):
+    """AdamW's first step is one rate long, whatever the gradient, where nothing decays."""
+    moved = {}
+    for factor in (1, 10):
+        flags = ["--max_iters=1", "--warmup_iters=0", f"--optimizer={optimizer}", "--grad_clip=0",
+                 "--weight_decay=0", "--learning_rate=1e-3", f"--norm_rate={factor}"]
+        folder = fit(tmp_path / f"run-{factor}", *flags)
+        moved[factor] = load_run(folder)[0].state_dict()
+    for name, weight in moved[1].items():
+        other = moved[10][name]
+        if weight.dim() == 1:
+            torch.testing.assert_close(other - 1, 10 * (weight - 1), rtol=1e-2, atol=1e-6)
+        else:
+            assert other.equal(weight), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_weight_is_optimised_once_and_decay_is_on_matrices_only(optimizer):
     model = tiny_model(qk_norm=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -439,7 +456,7 @@ log_scale=True attn_scale=0.2 logit_scale=0.5 norm_eps=1e-06 attention=mask
 preset=rnope scale=gpu repeat_frac=0.3 shortest_span=5 longest_span=60 long_rows=130
 long_frac=0.3 batch_size=4
 gradient_accumulation_steps=2 max_iters=2 optimizer=adamw learning_rate=0.003
-min_lr=0.002 warmup_iters=1 weight_decay=0.2 beta1=0.8 beta2=0.9 grad_clip=0.7 seed=5
+min_lr=0.002 norm_rate=2.0 warmup_iters=1 weight_decay=0.2 beta1=0.8 beta2=0.9 grad_clip=0.7 seed=5
 eval_interval=2 eval_iters=1 log_interval=2 device=cpu dtype=bfloat16 compile=False
 """
 
