@@ -433,6 +433,13 @@ def learning_rate(step, cfg):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * share
 
 
+def set_rate(optimizers, lr):
+    """Let all weights learn at the rate lr, or at a multiple of it that their group names."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("rate", 1)
+
+
 # ---- Runs: what is kept of them -----------------------------------------------------------------
 
 
@@ -792,8 +799,10 @@ def restore(run, checkpoint):
 def check_rows(cfg, T, world):
     """UsageError for rows and micro-batches that cannot be shared out."""
     tokens = cfg.batch_size * T
-    check(not cfg.long_rows or tokens % cfg.long_rows == 0, f"--long_rows={cfg.long_rows}: it must "
-          f"divide the {tokens} tokens of a micro-batch, --batch_size={cfg.batch_size} times {T}")
+    longest = cfg.long_rows or T
+    check(longest % T == 0 and tokens % longest == 0,
+          f"--long_rows={longest}: it must be a multiple of --block_size={T} that divides the "
+          f"{tokens} tokens of a micro-batch, --batch_size={cfg.batch_size} times {T}")
     micro = cfg.gradient_accumulation_steps
     check(micro % world == 0, f"--gradient_accumulation_steps={micro}: it must be a multiple of "
           f"{world}, the number of processes")
@@ -868,9 +877,8 @@ def train_loop(run, heard):
             step_loss += loss.detach()
         if cfg.grad_clip:
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
+        set_rate(run.optimizers, lr)
         for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("rate", 1)
             optimizer.step()
             optimizer.zero_grad()
         step += 1
@@ -921,7 +929,7 @@ def explain_lost_process():
         yield
     except (EOFError, ConnectionError, RuntimeError) as error:
         why = repr(error)
-        lost = "DataLoader worker|EOFError|onnection|closed by peer|imed out|NCCL (error|comm)"
+        lost = "DataLoader worker|EOFError|onnection|closed by peer|imed out|NCCL(?! built in)"
         check(not re.search(lost, why),
               f"another process of this run has ended ({why[:100]}): see what it said, then use "
               "--resume")

@@ -134,9 +134,7 @@ def follow_recipe(model, compiled, optimizers, about, machine):
 
     def step(batch, share, n):
         lr = train.learning_rate(share * SHARES, about)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        train.set_rate(optimizers, lr)
         take_step(compiled, optimizers, batch, machine)
 
     return Contender(model, optimizers, compiled, step)

@@ -280,6 +280,7 @@ def test_when_one_rank_dies_the_other_ends_with_one_clear_line(two_ranks):
         ConnectionResetError(104, "Connection reset by peer"),
         EOFError(),
         RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"),
+        RuntimeError("NCCL communicator was aborted on rank 1."),
     ],
     ids=repr,
 )
@@ -312,6 +313,12 @@ def test_a_run_whose_worker_died_ends_with_a_clear_line_and_leaves_no_process(
     assert "another process of this run has ended" in err.splitlines()[-1]
     assert not psutil.wait_procs(family, timeout=5)[1]
     load_checkpoint(folder)
+
+
+def test_a_missing_nccl_is_not_told_as_a_dead_process():
+    missing = "Distributed package doesn't have NCCL built in"
+    with pytest.raises(RuntimeError, match=missing), train.explain_lost_process():
+        raise RuntimeError(missing)
 
 
 def test_news_of_a_dead_worker_may_come_while_its_first_error_is_explained(monkeypatch):
