@@ -52,7 +52,7 @@ from model import (
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32,
-        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=8e-3, norm_rate=5.0,
+        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=8e-3, weight_decay=0.1,
         shortest_span=96,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25.9M parameters
@@ -100,11 +100,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(1, "micro-batches a step, of all processes", least=1)
     max_iters: int = flag(7000, "optimiser steps", least=1)
     optimizer: str = flag("muon", "optimizer of the hidden matrices", choices=("muon", "adamw"))
-    learning_rate: float = flag(2e-3, "peak learning rate")
+    learning_rate: float = flag(4e-3, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate at the end")
-    norm_rate: float = flag(1.0, "rate of the norms' weights, over that of the others")
+    norm_rate: float = flag(5.0, "rate of the norms' weights, over that of the others")
     warmup_iters: int = flag(30, "steps of linear warm-up")
-    weight_decay: float = flag(0.1, "weight decay of the matrices")
+    weight_decay: float = flag(0.2, "weight decay of the matrices")
     beta1: float = flag(0.9, "AdamW's decay of its mean gradient", most=0.9999)
     beta2: float = flag(0.95, "AdamW's decay of its mean squared gradient", most=0.9999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")

@@ -162,6 +162,17 @@ def rope(data):
     return beside.ours(cfg, config, machine), beside.Text(data, 64, machine), cfg, machine
 
 
+def test_nanogpt_has_a_rate_of_its_own(compare, tmp_path):
+    """Ours are chosen for Muon, and may change."""
+    compare("--steps=1")
+    cfg = beside.BesideConfig(names=("nanogpt",), peers=str(tmp_path), learning_rate=0.5)
+    contender = beside.nanogpt(cfg, ModelConfig(vocab_size=320), train.Machine("cpu"))
+    batch = [torch.zeros(1, 4, dtype=torch.int64)] * 2
+    contender.step(batch, 0.02, 0)  # the end of the warm-up: the peak
+    [group] = contender.optimizers[0].param_groups
+    assert group["lr"] == pytest.approx(2e-3)
+
+
 def test_compiling_leaves_no_trace(rope):
     contender, text, cfg, _ = rope
 
@@ -212,7 +223,7 @@ def test_training_ends_with_the_time_and_learns(rope, monkeypatch):
     shares, steps, rates = zip(*seen[1:], strict=True)
     assert steps == (*range(100),)
     assert shares == pytest.approx([n / 100 for n in range(100)])
-    assert [max(rates), rates[-1]] == pytest.approx([2e-3, 0], abs=1e-5)
+    assert [max(rates), rates[-1]] == pytest.approx([cfg.learning_rate, 0], abs=1e-5)
     assert (found["seconds"], found["steps"]) == (50, 100)
     assert found["bits_per_byte"] < 0.8 * before
 
