@@ -52,7 +52,7 @@ from model import (
 SCALES = {  # defaults that fit the machine; flags given beat them
     "cpu": dict(
         n_layer=4, n_head=4, n_embd=128, block_size=256, window=32,
-        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=8e-3, weight_decay=0.1,
+        batch_size=8, max_iters=1500, warmup_iters=60, learning_rate=8e-3, weight_decay=0.3,
         shortest_span=96,
     ),
     "gpu": dict(),  # the dataclasses' own defaults: 25.9M parameters
