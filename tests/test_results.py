@@ -106,7 +106,7 @@ class GPT(torch.nn.Embedding):
     def init_weights(self):
         self.reset_parameters()
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, 1e-8, weight_decay)
     def setup_optimizer(self, matrix_lr, weight_decay, **rates):
         group = dict(params=[*self.parameters()], initial_lr=matrix_lr, kind="muon")
         return torch.optim.AdamW([group], matrix_lr)
@@ -162,15 +162,15 @@ def rope(data):
     return beside.ours(cfg, config, machine), beside.Text(data, 64, machine), cfg, machine
 
 
-def test_nanogpt_has_a_rate_of_its_own(compare, tmp_path):
+def test_nanogpt_has_a_rate_and_decays_of_its_own(compare, tmp_path):
     """Ours are chosen for Muon, and may change."""
-    compare("--steps=1")
     cfg = beside.BesideConfig(names=("nanogpt",), peers=str(tmp_path), learning_rate=0.5)
     contender = beside.nanogpt(cfg, ModelConfig(vocab_size=320), train.Machine("cpu"))
     batch = [torch.zeros(1, 4, dtype=torch.int64)] * 2
     contender.step(batch, 0.02, 0)  # the end of the warm-up: the peak
     [group] = contender.optimizers[0].param_groups
     assert group["lr"] == pytest.approx(2e-3)
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.9, 0.95))
 
 
 def test_compiling_leaves_no_trace(rope):

@@ -456,7 +456,7 @@ log_scale=True attn_scale=0.2 logit_scale=0.5 norm_eps=1e-06 attention=mask
 preset=rnope scale=gpu repeat_frac=0.3 shortest_span=5 longest_span=60 long_rows=130
 long_frac=0.3 batch_size=4
 gradient_accumulation_steps=2 max_iters=2 optimizer=adamw learning_rate=0.003
-min_lr=0.002 norm_rate=2.0 warmup_iters=1 weight_decay=0.2 beta1=0.8 beta2=0.9 grad_clip=0.7 seed=5
+min_lr=0.002 norm_rate=2.0 warmup_iters=1 weight_decay=0.4 beta1=0.8 beta2=0.9 grad_clip=0.7 seed=5
 eval_interval=2 eval_iters=1 log_interval=2 device=cpu dtype=bfloat16 compile=False
 """
 
@@ -470,6 +470,8 @@ def test_a_checkpoint_restores_every_config_field(fit, tmp_path):
     for name in ("dataset", "data_dir", "init_from", "resume"):  # of the tests, or told elsewhere
         found.pop(name)
     assert sorted(f"{name}={value}" for name, value in found.items()) == sorted(told)
+    defaults = asdict(ModelConfig()) | asdict(TrainConfig())
+    assert not [name for name, value in found.items() if value == defaults[name]]
 
 
 # ---- Stopping and going on ----------------------------------------------------------------------
