@@ -168,7 +168,9 @@ def nanogpt(cfg, config, machine):
     sizes = {name: getattr(config, name) for name in sizes}
     model = Theirs(GPTConfig(**sizes, dropout=0.0, bias=False)).to(machine.device)
     about = replace(recipe(cfg), learning_rate=2e-3)
-    optimizer = model.configure_optimizers(0.1, 2e-3, (0.9, 0.95), machine.device.type)
+    optimizer = model.configure_optimizers(
+        0.1, about.learning_rate, (0.9, 0.95), machine.device.type
+    )
     compiled = torch.compile(model) if machine.cuda else model
     return follow_recipe(model, compiled, [optimizer], about, machine)
 

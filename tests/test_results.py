@@ -117,17 +117,23 @@ class GPT(torch.nn.Embedding):
 
 
 @pytest.fixture
-def compare(tmp_path, capsys):
-    """compare(*flags): the rows that beside.py finds for both peers and swa."""
-    peers = {"nanoGPT/model.py": "None, loss", "nanochat/nanochat/gpt.py": "loss"}
-    for name, result in peers.items():
+def peers(tmp_path):
+    """A folder with both checkouts."""
+    results = {"nanoGPT/model.py": "None, loss", "nanochat/nanochat/gpt.py": "loss"}
+    for name, result in results.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(PEER.replace("RESULT", result))
+    return tmp_path
+
+
+@pytest.fixture
+def compare(peers, tmp_path, capsys):
+    """compare(*flags): the rows that beside.py finds for both peers and swa."""
 
     def rows(*flags):
         out = tmp_path / "new" / "found.json"
         names = ["nanogpt", "nanochat", "swa"]
-        beside.main([*names, *SMALL, f"--peers={tmp_path}", f"--out={out}", *flags])
+        beside.main([*names, *SMALL, f"--peers={peers}", f"--out={out}", *flags])
         rows = json.loads(out.read_text())["rows"]
         assert [row["name"] for row in rows] == names
         assert rows == [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -162,9 +168,9 @@ def rope(data):
     return beside.ours(cfg, config, machine), beside.Text(data, 64, machine), cfg, machine
 
 
-def test_nanogpt_has_a_rate_and_decays_of_its_own(compare, tmp_path):
+def test_nanogpt_has_a_rate_and_decays_of_its_own(peers):
     """Ours are chosen for Muon, and may change."""
-    cfg = beside.BesideConfig(names=("nanogpt",), peers=str(tmp_path), learning_rate=0.5)
+    cfg = beside.BesideConfig(names=("nanogpt",), peers=str(peers), learning_rate=0.5)
     contender = beside.nanogpt(cfg, ModelConfig(vocab_size=320), train.Machine("cpu"))
     batch = [torch.zeros(1, 4, dtype=torch.int64)] * 2
     contender.step(batch, 0.02, 0)  # the end of the warm-up: the peak
