@@ -67,7 +67,7 @@ def rounded(x, digits):
 
 
 def cell(seeds, digits=2):
-    assert len(seeds) == 3, seeds
+    assert len(seeds) > 1, seeds
     mean, low, high = (rounded(x, digits) for x in (np.mean(seeds), min(seeds), max(seeds)))
     return f"{mean} ({low}–{high})"
 

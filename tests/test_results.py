@@ -386,6 +386,17 @@ def test_the_pages_have_the_tables_that_the_json_files_give():
             assert table in text, f"results/{page}.md lacks what results/tables.py prints:\n{table}"
 
 
+def test_the_comparisons_have_three_seeds_each():
+    variants = json.loads((tables.HERE / "variants.json").read_text())
+    trained = [found[key] for found in variants["train"].values() for key in ("validation", "copy")]
+    by_length = [*variants["ruler"].values()]
+    for probes in variants["probes"].values():
+        by_length += [found for name, found in probes.items() if name != "attention"]
+    asked = [seeds for lengths in by_length for numbers in lengths.values()
+             for seeds in numbers.values()]
+    assert len(asked) > 800 and {len(seeds) for seeds in trained + asked} == {3}
+
+
 def test_a_cell_is_the_mean_of_the_seeds_and_their_range():
     assert tables.cell([0.5, 0.25, 0.75]) == "0.50 (0.25–0.75)"
     assert tables.cell([0.125, 0.375, 0.625]) == "0.38 (0.13–0.63)"  # halves go up
@@ -393,11 +404,11 @@ def test_a_cell_is_the_mean_of_the_seeds_and_their_range():
 
 def test_the_lines_of_the_headline_figure_are_those_of_frontier_json():
     lines = tables.frontier_lines(json.loads((tables.HERE / "frontier.json").read_text()))
-    assert lines.keys() == {"hybrid (3 seeds)", "hybrid, second stage (3 seeds)", "rope (1 seed)"}
-    [rope] = lines["rope (1 seed)"]
-    assert rope.lengths == [1024, 4096, 16384]
-    assert rope.found["needle"][16384]["answered"] == 0
-    assert rope.found["copy"][4096] == dict(again=2.2803, first=2.4011)
+    assert lines.keys() == {"hybrid (3 seeds)", "hybrid, second stage (3 seeds)", "rope (2 seeds)"}
+    runs = lines["rope (2 seeds)"]
+    assert [run.lengths for run in runs] == [[1024, 4096, 16384]] * 2
+    assert [run.found["needle"][16384]["answered"] for run in runs] == [0, 0]
+    assert runs[1].found["copy"][4096] == dict(again=2.549, first=2.615)
 
 
 def test_the_figures_are_drawn_from_the_numbers(tmp_path, monkeypatch, capsys):
