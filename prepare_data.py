@@ -38,7 +38,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from model import UsageError, check, check_ranges, flag
+from model import UsageError, check, check_ranges, flag, warn
 
 # ---- Text to tokens ----------------------------------------------------------------------------
 
@@ -61,6 +61,7 @@ class PretrainedTokenizer:
         backend = getattr(self.theirs, "backend_tokenizer", None)
         if "ByteLevel" in str(getattr(backend, "decoder", "")):
             self.byte = {character: n for n, character in bytes_to_unicode().items()}
+        self.added = self.theirs.get_added_vocab()  # spelled as they are
         ids = set(self.theirs.get_vocab().values())
         # Of a folder without a tokenizer's files, transformers makes one of special tokens alone.
         check(ids - set(self.theirs.all_special_ids), f"{name} has no tokenizer, or an empty one")
@@ -79,7 +80,7 @@ class PretrainedTokenizer:
 
     def decode_single_token_bytes(self, i):
         token = self.theirs.convert_ids_to_tokens(i) or ""
-        if set(token) <= self.byte.keys():
+        if set(token) <= self.byte.keys() and token not in self.added:
             return bytes(self.byte[character] for character in token)
         if re.fullmatch("<0x..>", token):  # so SentencePiece spells a byte, and a space as ▁
             return bytes.fromhex(token[3:5])
@@ -343,6 +344,12 @@ def read_shards(names, fetch):
 def encode_all(texts, enc):
     """Yield the ids of texts, the longest first, and an end of document after each."""
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    sample = [*longest_first, ""][0][:10_000]
+    size = len(sample.encode())
+    counted = count_bytes(enc, encode(enc, sample))
+    if abs(counted - size) > size / 100:
+        warn(f"the tokens that {enc.name} makes of {size:,} bytes stand for {counted:,}: it loses "
+             "or changes some, so bits per byte are not exact")
     for text in tqdm(longest_first, leave=False, disable=None):
         for start in range(0, len(text), SLICE):
             yield encode(enc, text[start : start + SLICE])
@@ -422,7 +429,7 @@ def prepare(cfg):
     settings = asdict(cfg) | dict(dataset=dataset, tokenizer=tokenizer)
     del settings["name"], settings["data_dir"]
     if folder.exists():
-        print(f"{folder} is there already: delete it to make it anew")
+        print(f"{folder} is there already: move it away to make it anew")
     else:
         try:
             write_dataset(cfg, folder, settings)
@@ -431,7 +438,7 @@ def prepare(cfg):
                 raise
     _, meta, train, val = load_data(folder)
     check(settings.items() <= meta.items(),
-          f"{folder} has other settings: use another --name, or delete it")
+          f"{folder} has other settings: use another --name, or move it away")
     print(
         f"{folder}: {len(train):,} training and {len(val):,} validation tokens "
         f"({meta['tokenizer']}, vocabulary {meta['vocab_size']}), "
@@ -476,7 +483,8 @@ def load_data(folder):
         check(sizes == [meta["train_tokens"], meta["val_tokens"]], f"its tokens are {sizes}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} is broken ({error!r}): delete the folder and run prepare_data.py again"
+            f"{folder} is no prepared dataset, or is broken ({error!r}): use another --name, or "
+            "move it away and run prepare_data.py again"
         ) from None
     return Data(folder, meta, train, val)
 
@@ -550,7 +558,8 @@ def run_main(main):
     except (MemoryError, RuntimeError) as error:
         if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
-        message = "out of memory: lower --batch_size, --block_size or --max_multiple"
+        message = ("out of memory: lower --batch_size, --block_size, --samples, --max_multiple, or "
+                   "take a smaller model")
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

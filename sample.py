@@ -86,7 +86,7 @@ class SampleConfig:
     max_multiple: int = flag(16, "longest context, in training contexts", least=1)
     factor: int = flag(2, "from one length to the next", least=2)
     samples: int = flag(32, "rows scored for each number", least=1)
-    needles: int = flag(4, "facts in a row", least=1)
+    needles: int = flag(4, "facts in a row", least=1, most=10_000)
     digits: int = flag(7, "digits of an answer", least=1, most=18)
     heatmap: bool = flag(False, "add the heatmap probe: needle by depth of the fact")
     text: tuple[str, ...] = flag((), "files, folders or a dataset to cut rows from; none: its val")
@@ -174,11 +174,14 @@ class Run:
             folder = Path(name)
         prepared = name in prepare_data.KNOWN or (folder / "train.bin").exists()
         if others or not prepared:
+            paths = {str(Path(path).resolve()) for path in self.cfg.text}
+            check(not paths & set(self.meta.get("dataset", [])),
+                  f"--text={name}: {self.folder} was trained on it")
             return prepare_data.encode_files(self.cfg.text, self.enc, data_dir)
         data = prepare_data.load_data(folder)
         fits = data.meta["tokenizer"] == self.meta["tokenizer"]
-        unseen = data.meta["train_sha256"] != self.meta.get("train_sha256")
-        check(fits and unseen,
+        seen = [*self.meta.get("earlier_texts", []), self.meta.get("train_sha256")]
+        check(fits and data.meta["train_sha256"] not in seen,
               f"--text={name}: {self.folder} has other tokens, or was trained on it")
         return data
 
@@ -270,9 +273,12 @@ def new_facts(run, rng):
     return list(facts.values())
 
 
-def hide(text, facts, depths):
-    """Put facts, arrays of ids, into text at these shares of it: (ids, their places in text)."""
-    places = (depths * len(text)).astype(int)
+def hide(text, facts, depths, begin):
+    """Put facts, arrays of ids, into text at these shares of it: (ids, their places in text).
+
+    The first `begin` tokens of the text stay in front of them.
+    """
+    places = begin + (depths * (len(text) - begin)).astype(int)
     sizes = [len(fact) for fact in facts]
     return np.insert(text, places.repeat(sizes), np.concatenate(facts)), places
 
@@ -297,7 +303,7 @@ def plant(run, row, i, depth=None):
     needed = sizes.sum() + len(question)
     check(needed <= len(row), f"{run.folder}: facts and question take {needed} tokens, a row at "
           f"1x has {len(row)}: use fewer --needles or --digits, or --probe=loss,copy")
-    text, places = hide(row[needed:], wholes, depths)
+    text, places = hide(row[needed:], wholes, depths, len(run.begin))
     start = places[0] + sizes[places < places[0]].sum()
     cuts = [start, start + sizes[0], len(text)]
     return np.concatenate([text, question]), len(facts[0][1]), cuts
@@ -425,7 +431,10 @@ def measure(run):
             run.found[probe][length] = PROBES[probe](run, length)
     about = provenance(run.machine, settings=vars(run.cfg), model=vars(run.model.config))
     found = json.dumps(about | run.found, indent=1)
-    prepare_data.write_atomically(run.out / "probe.json", found)
+    try:
+        prepare_data.write_atomically(run.out / "probe.json", found)
+    except OSError as error:
+        warn(f"could not write {run.out}/probe.json ({error}): its numbers are in the tables alone")
 
 
 def lines_of(runs):
@@ -543,7 +552,8 @@ def draw(lines, cfg, path):
     figure = Figure(figsize=(13, 4.5 * height), layout="constrained")
     for n, (draw_panel, *what) in enumerate(panels, 1):
         draw_panel(figure.add_subplot(height, 2, n), *what)
-    figure.savefig(path, dpi=160)
+    with prepare_data.atomic_path(Path(path)) as making:
+        figure.savefig(making, dpi=160)
 
 
 # ---- The command --------------------------------------------------------------------------------
@@ -577,12 +587,13 @@ def write_text(run, prompt):
 def show_attention(run, prompt):
     """Print where a prompt's last token looks most: of each kind of layer, the one surest of it.
 
-    Means over heads. prompt None: a row with facts in it, a question and its answer's first token.
+    Means over heads. prompt None: a row with facts in it, a question and its answer's first token,
+    unless the answer is that token.
     """
     truth = ""
     if prompt is None:
         row, n, _ = plant_all(run, run.lengths[-1], depth=0.5)[0]
-        ids, rest = np.split(row, [len(row) - n + 1])
+        ids, rest = np.split(row, [len(row) - n + (n > 1)])
         truth = f" (right: {run.enc.decode(rest.tolist())!r})"
     else:
         ids = encode_prompt(run, prompt)
@@ -622,7 +633,8 @@ def export(run):
     run.model.config.vocab_size = run.enc.n_vocab
     weight = run.model.embed_tokens.weight
     weight.data = weight.data[: run.enc.n_vocab]
-    run.model.save_pretrained(folder, prepare_data.pretrained_tokenizer(run.enc))
+    with prepare_data.atomic_path(Path(folder)) as making:
+        run.model.save_pretrained(making, prepare_data.pretrained_tokenizer(run.enc))
     print(f"{folder} is what AutoModelForCausalLM and AutoTokenizer read")
 
 

@@ -457,8 +457,8 @@ def save_checkpoint(run, step):
         torch.save(state, beside)
         os.replace(beside, run.folder / "ckpt.pt")
     except (OSError, RuntimeError) as error:
-        raise UsageError(f"could not write {run.folder}/ckpt.pt ({error}): make room and use "
-                         "--resume; the checkpoint before is intact") from None
+        raise UsageError(f"could not write {run.folder}/ckpt.pt ({error}): make room. If one "
+                         "was there, it is intact: use --resume") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -541,16 +541,16 @@ def load_run(folder, device="cpu", **override):
 
 
 def choose_out_dir(cfg, pattern):
-    """The folder of a run: never one that holds another run."""
+    """The folder of a run: never one that holds another run, or a model of transformers."""
     name = cfg.preset if PRESETS[cfg.preset]["pattern"] == pattern else pattern
     folder = Path(cfg.out_dir or f"out/{name}")
     number = 1
     while folder.exists() and not cfg.out_dir:
         number += 1
         folder = Path(f"out/{name}-{number}")
-    taken = any((folder / name).exists() for name in ("config.json", "ckpt.pt"))
-    check(cfg.resume or not taken,
-          f"{folder} holds a run: add --resume, delete it, or name another --out_dir")
+    taken = any((folder / name).exists() for name in ("config.json", "ckpt.pt", "log.jsonl"))
+    check(cfg.resume or not taken, f"{folder} holds a run or a model: name another --out_dir, or "
+          "add --resume if a ckpt.pt is in it")
     return folder
 
 
@@ -576,10 +576,14 @@ def open_log(run):
         # Later steps will be done again, so their lines go. A kill may have left half a line.
         file.seek(0)
         size = 0
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > run.step:
-                break
-            size += len(line)
+        try:
+            for line in file:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > run.step:
+                    break
+                size += len(line)
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{folder}/log.jsonl has a line that train.py did not write: move "
+                             "the file away") from None
         file.truncate(size)
         yield file
 
@@ -765,7 +769,8 @@ def make_run(given):
     if "vocab_size" not in given:  # a multiple of 64 keeps the matmuls of the head well aligned
         model_cfg = replace(model_cfg, vocab_size=math.ceil(size / 64) * 64)
     check(size <= model_cfg.vocab_size, f"{data.folder} has {size} token ids, the model only "
-          f"{model_cfg.vocab_size}: drop --vocab_size, or prepare the text with its tokenizer")
+          f"{model_cfg.vocab_size}: prepare the text with the model's tokenizer, or raise "
+          "--vocab_size")
     cfg = replace(cfg, out_dir=str(folder), dtype=str(machine.dtype).removeprefix("torch."))
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(machine.device)
@@ -779,7 +784,9 @@ def restore(run, checkpoint):
     """Start from a checkpoint: from its weights, and in a resumed run from where it stood."""
     meta = run.data.meta
     told = checkpoint["meta"]
+    meta["earlier_texts"] = told.get("earlier_texts", [])  # of the stages before, by their hashes
     if not run.cfg.resume:
+        meta["earlier_texts"] = [*meta["earlier_texts"], told.get("train_sha256")]
         check(meta["tokenizer"] == told["tokenizer"],
               f"{checkpoint['folder']} needs a text in its own tokens: prepare_data.py "
               f"--tokenizer={told['tokenizer']} --name=NAME makes one for --dataset=NAME")
@@ -919,7 +926,7 @@ def evaluate_and_save(run, step, log):
 def check_finite(name, value, step, run):
     check(math.isfinite(value),
           f"the {name} is {value} at step {step}: {run.folder} keeps the last good checkpoint, if "
-          "there was one; start again with a lower --learning_rate")
+          "there was one; start again with a lower --learning_rate and another --out_dir")
 
 
 @contextmanager

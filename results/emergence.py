@@ -36,7 +36,10 @@ def read(folders):
         window = config["model"]["window"]
         seed = config["train"]["seed"]
         check(seed not in found[window], f"{folder}: window {window} with seed {seed} comes twice")
+        check(evals, f"{folder}: no evaluation in its log.jsonl")
         found[window][seed] = evals
+        steps = {tuple(step for step, _, _ in evals) for evals in found[window].values()}
+        check(len(steps) == 1, f"{folder}: evaluated at other steps than another of its window")
     return dict(sorted(found.items()))
 
 
@@ -59,7 +62,8 @@ def draw(found, path):
              ylabel="bits per byte of a passage seen again", ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=160)
+    with prepare_data.atomic_path(path) as making:
+        figure.savefig(making, dpi=160)
 
 
 def main(argv):
@@ -69,8 +73,8 @@ def main(argv):
         steps = [first_step_below(evals, HALF) for evals in seeds.values()]
         last = np.mean([evals[-1][2] for evals in seeds.values()])
         print(f"window {window}: half the cost of new text from steps {steps}, {last:.3f} at last")
-    prepare_data.write_atomically(HERE / "emergence.json", json.dumps(found, indent=1))
     draw(found, HERE / "emergence.png")
+    prepare_data.write_atomically(HERE / "emergence.json", json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

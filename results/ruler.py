@@ -119,7 +119,7 @@ def plant(run, task, prose, i):
         f"{run.folder}: the facts and questions of {task} take {needed} tokens, a row at 1x has "
         f"{len(prose)}: use fewer --needles or --digits",
     )
-    text, _ = hide(fill(run, task, prose, rng)[needed:], facts, depths)
+    text, _ = hide(fill(run, task, prose, rng)[needed:], facts, depths, len(run.begin))
     return np.concatenate([text, *question]), np.array(marks)
 
 

@@ -21,7 +21,15 @@ from model import GPT, ModelConfig, UsageError
 from sample import Run, SampleConfig
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
 
 T = 128  # of the models here
@@ -201,6 +209,26 @@ def test_tokens_are_counted_as_the_bytes_of_their_text(make, odd, tmp_path):
             assert odd.startswith(before)
             assert prepare_data.count_bytes(enc, ids[:stop]) == len(before.encode())
     assert before == odd
+
+
+def test_added_tokens_are_counted_as_they_are_spelled(tmp_path):
+    theirs = write_tokenizer(tmp_path, byte_level())
+    theirs.add_tokens(["école", "é"])
+    theirs.save_pretrained(tmp_path)
+    text = "une école, été"
+    enc = prepare_data.encoding(f"{tmp_path}/")
+    assert prepare_data.count_bytes(enc, prepare_data.encode(enc, text)) == len(text.encode())
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_tokenizer_that_loses_bytes_is_told(tmp_path, text, capsys, lossy):
+    made = byte_level()
+    if lossy:
+        made.normalizer = normalizers.Replace(" ", "")
+    write_tokenizer(tmp_path, made)
+    flags = [f"--dataset={text}", f"--tokenizer={tmp_path}", f"--data_dir={tmp_path}/data"]
+    prepare_data.main(flags)
+    assert ("so bits per byte are not exact" in capsys.readouterr().err) == lossy
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -536,8 +564,9 @@ def test_without_a_prompt_it_shows_where_an_answer_looks(looking, tmp_path, caps
     layers, head = shown(capsys, folder, f"--text={file}", *flags)
     run = Run(folder, SampleConfig(text=(str(file),), device="cpu", **small))
     row, n, _ = sample.plant(run, run.rows(4 * T)[0], 0, depth=0.5)
-    last = len(row) - n  # of what is shown: the answer's first token
     assert n == (2 if seed == 1337 else 1)
+    last = len(row) - 2  # of what is shown: the answer's first token, or the question's last one
+    assert f"(right: {run.enc.decode(row[last + 1 :].tolist())!r})" in head
     told = run.enc.decode(row[last - 20 : last + 1].tolist()).replace("\n", "⏎")
     assert f"{told} the model expects" in head
     [place] = np.flatnonzero((row[:last] >= ord("0")) & (row[:last] <= ord("9")))
@@ -585,6 +614,9 @@ def test_rows_begin_as_the_texts_of_their_tokenizer_do(copied, opened):
     assert all((idx[:, 0] == 0).all() for idx in seen)
     assert (seen[0][:, 1:] == torch.from_numpy(rows[:, 1:-1].astype(int))).all()
     assert (rows[:, 0] != 0).any()  # the caller's rows are as before
+    for row, _, (start, stop, _) in sample.plant_all(run, T, depth=0):  # no fact is overwritten
+        assert start == 1
+        assert run.enc.decode(row[start:stop].tolist()).startswith("\n")
 
 
 def test_a_tokenizer_without_an_end_of_document_is_told(copied, text):
@@ -637,6 +669,17 @@ def test_an_export_that_would_lose_something_is_refused(tiny_run, theirs, tmp_pa
         line = refusal(sample.main, [str(tiny_run), *changed])
         assert "add --no-log_scale --attn_scale=0" in line
     assert not (tmp_path / "x").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tiny_run, tmp_path, monkeypatch):
+    def full(self, folder):
+        Path(folder, "half").write_text("")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        sample.main([str(tiny_run), f"--export={tmp_path}/x", "--device=cpu"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind, why", [

@@ -434,6 +434,18 @@ def test_a_log_keeps_its_lines_up_to_the_checkpoint(tmp_path, end, tail):
     assert (tmp_path / "log.jsonl").read_bytes() == kept + b"more\n"
 
 
+@pytest.mark.parametrize("line", [b"not json", b'{"mine": 1}', b"[1]"])
+def test_a_log_with_a_line_of_another_s_is_left_alone(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 10}\n' + line + b'\n{"step": 20}\n')
+    before = path.read_bytes()
+    run = SimpleNamespace(folder=tmp_path, step=20, written=None)
+    told = "a line that train.py did not write: move the file away"
+    with pytest.raises(UsageError, match=told), train.open_log(run):
+        pass
+    assert path.read_bytes() == before
+
+
 def test_of_two_runs_that_chose_a_folder_at_once_one_is_refused(fit, tmp_path, monkeypatch):
     """Both looked before either wrote: so do runs that a shell starts together."""
     real = train.make_run

@@ -451,8 +451,8 @@ def test_a_dataset_is_kept_and_other_settings_are_refused(tmp_path, capsys):
     folder = prepare(config(tmp_path, root))
     before = (folder / "train.bin").stat()
     assert prepare(config(tmp_path, root)) == folder == tmp_path / "data" / "t"
-    assert "delete it to make it anew" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="other settings: use another --name, or delete it"):
+    assert "move it away to make it anew" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="other settings: use another --name, or move it away"):
         prepare(config(tmp_path, root, val_frac=0.2))
     assert (folder / "train.bin").stat() == before
 
@@ -533,7 +533,8 @@ def test_what_another_process_made_meanwhile_is_taken_if_it_is_the_same(
 def test_a_spoiled_dataset_is_refused_in_a_line(tmp_path, spoil):
     folder = prepare(config(tmp_path, folder_of_texts(tmp_path / "t")))
     spoil(folder)
-    with pytest.raises(UsageError, match="t is broken .*delete the folder and run") as stopped:
+    told = "t is no prepared dataset, or is broken .*: use another --name"
+    with pytest.raises(UsageError, match=told) as stopped:
         load_data(folder)
     assert "\n" not in str(stopped.value)
 

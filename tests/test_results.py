@@ -6,6 +6,7 @@ import sys
 
 import bench
 import beside
+import emergence
 import numpy as np
 import pytest
 import ruler
@@ -419,3 +420,35 @@ def test_the_figures_are_drawn_from_the_numbers(tmp_path, monkeypatch, capsys):
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert drawn == {*tables.FIGURES, "frontier"}
     assert "| rnope-swa-log |" in capsys.readouterr().out
+
+
+# ---- emergence.py -------------------------------------------------------------------------------
+
+
+def logged(folder, seed, steps):
+    """A run of window 8, as emergence.py reads it: evaluated at these steps."""
+    folder.mkdir()
+    config = dict(model=dict(window=8), train=dict(seed=seed))
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [dict(step=step, bits_per_byte=2.0, copy=20 / step) for step in steps]
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("steps", "told"), [
+    ([10, 20, 40], None), ([10, 20], "at other steps"), ([], "no evaluation"),
+])
+def test_runs_that_cannot_be_one_line_leave_the_figure_as_it_is(
+    tmp_path, monkeypatch, capsys, steps, told
+):
+    monkeypatch.setattr(emergence, "HERE", tmp_path)
+    folders = [logged(tmp_path / "a", 1, [10, 20, 40]), logged(tmp_path / "b", 2, steps)]
+    if told:
+        with pytest.raises(model.UsageError, match=told):
+            emergence.main(folders)
+    else:
+        emergence.main(folders)
+        assert "from steps [40, 40], 0.500 at last" in capsys.readouterr().out
+        assert json.loads((tmp_path / "emergence.json").read_text())["8"]["2"][0] == [10, 2.0, 2.0]
+    written = {path.name for path in tmp_path.glob("emergence.*")}
+    assert written == (set() if told else {"emergence.json", "emergence.png"})

@@ -480,6 +480,10 @@ def test_a_text_may_be_another_dataset(variant, data_dir, tmp_path):
         opened(folder, text=("other",)).rows(T)
     with pytest.raises(UsageError, match="run prepare_data.py --dataset=pg19 --data_dir="):
         opened(folder, text=("pg19",)).rows(T)
+    later = variant("later", train=vars(run.train), meta=dict(earlier_texts=["another's"]))
+    meta.write_text(json.dumps(other | dict(tokenizer="byte")))
+    with pytest.raises(UsageError, match="was trained on it"):  # in a stage before
+        opened(later, text=("other",)).rows(T)
     foreign = variant("foreign", meta=dict(val_sha256="another text's"))
     with pytest.raises(UsageError, match="was trained on another"):
         opened(foreign).rows(T)
@@ -497,6 +501,9 @@ def test_a_dataset_comes_before_the_folder_that_it_was_made_from(
     with pytest.raises(UsageError, match="was trained on it"):  # or it would be scored on it
         opened(folder, text=("notes",)).rows(T)
     assert "alpha beta" in text_of(opened(folder, text=("./notes/a.txt",)).rows(T)[0])
+    made = variant("made", meta=dict(dataset=[str(notes)]))
+    with pytest.raises(UsageError, match="was trained on it"):  # the files themselves
+        opened(made, text=("./notes", "./notes/a.txt")).rows(T)
 
 
 def test_the_advice_for_max_multiple_does_for_all_runs(variant, own_run):
@@ -519,17 +526,26 @@ def test_what_a_reader_of_the_numbers_has_to_know_is_told(variant, capsys):
     assert "different" not in capsys.readouterr().err
 
 
-def test_numbers_that_cannot_be_written_leave_the_old_ones(own_run, monkeypatch):
+def test_what_cannot_be_written_leaves_the_old_files_and_the_tables(own_run, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure").Figure
     ask(own_run, "--probe=loss")
-    before = numbers(own_run)
+    before = {path: path.read_bytes() for path in own_run.glob("probe.*")}
+    assert len(before) == 2
 
     def full(*paths):
         raise OSError("no space left")
 
+    def half(self, path, **options):
+        path.write_bytes(b"half")
+        full()
+
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(figure, "savefig", half)
+    with pytest.raises(OSError, match="no space left"):  # of the figure, which comes last
         ask(own_run, "--probe=copy")
-    assert numbers(own_run) == before
+    told = capsys.readouterr()
+    assert "a passage" in told.out and "probe.json (no space left)" in told.err
+    assert {path: path.read_bytes() for path in own_run.glob("probe.*")} == before
 
 
 def test_the_dtype_is_the_run_s_own_unless_asked_for(variant):

@@ -560,7 +560,7 @@ def test_handlers_of_signals_are_put_back(stopped_run):
 
 def test_a_new_run_does_not_overwrite_an_old_one(fit, tiny_run):
     before = {file: file.read_bytes() for file in tiny_run.iterdir()}
-    with pytest.raises(UsageError, match="holds a run: add --resume, delete it, or name another"):
+    with pytest.raises(UsageError, match="holds a run or a model: name another --out_dir"):
         fit(tiny_run, "--max_iters=1")
     assert before == {file: file.read_bytes() for file in tiny_run.iterdir()}
 
@@ -588,6 +588,11 @@ def test_a_second_stage_keeps_text_and_model_and_counts_on(fit, tiny_run, tmp_pa
     two = train.main([*argv, "--device=cpu"])
     stages = [load_checkpoint(folder)["stage"] for folder in (tiny_run, one, two)]
     assert stages == [0, 1, 2]
+    state = torch.load(two / "ckpt.pt", weights_only=True)
+    torch.save(state | dict(step=0), two / "ckpt.pt")
+    train.main(["--resume", f"--out_dir={two}"])  # it is remembered by a resumed run, too
+    texts = [load_checkpoint(folder)["meta"]["earlier_texts"] for folder in (one, two)]
+    assert texts == [[first[2]["train_sha256"]], [first[2]["train_sha256"]] * 2]
     model, cfg, _ = load_run(two)
     assert model.config == first[0].config
     assert (cfg.dataset, cfg.preset) == ("tiny", "rnope-swa")
@@ -619,10 +624,12 @@ def test_a_second_stage_keeps_the_preset(tiny_run, tmp_path, tiny_flags):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_saved_nothing_is_not_taken_over(tiny_flags, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds a run: add --resume, delete it, or name another"):
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl"])
+def test_a_run_that_saved_nothing_is_not_taken_over(tiny_flags, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match="holds a run or a model: name another --out_dir"):
         train.main(tiny_flags(tmp_path))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
 
 
 def test_a_torch_built_for_a_gpu_runs_where_there_is_none(monkeypatch):
