@@ -282,8 +282,10 @@ def read_python():
     paths = {}
     seen = set()
     for place in ("purelib", "platlib", "stdlib"):
-        # No key holds a version: a file stays in its split from one Python to the next.
-        paths |= find_files(Path(sysconfig.get_path(place)), "lib", seen)
+        # No key holds a version, nor what depends on a virtual environment: a file stays in its
+        # split from one Python to the next.
+        for key, path in find_files(Path(sysconfig.get_path(place)), "lib", seen):
+            paths.setdefault(re.sub("/(site|dist)-packages/", "/", key), path)
     texts = {}
     room = PYTHON_SIZE
     for key in sorted(filter(PYTHON.fullmatch, paths), key=partial(fixed_random, "choose")):

@@ -274,8 +274,12 @@ def test_which_files_are_taken_says_nothing_about_what_is_held_out(tmp_path, lib
     assert train < set(documents(everything.train)) and val < set(documents(everything.val))
 
 
-def test_python_takes_sources_people_wrote(tmp_path, monkeypatch):
-    lib, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+@pytest.mark.parametrize("venv", [False, True])
+def test_python_takes_sources_people_wrote(tmp_path, monkeypatch, venv):
+    """The same, by the same keys, in a virtual environment, where packages are the base's."""
+    lib = tmp_path / "lib"
+    site = tmp_path / "venv" / "site-packages" if venv else lib / "site-packages"
+    site.mkdir(parents=True)
     wanted = {"a.py", "b.py", "testimony.py", "site-packages/p/q.py"}
     others = {"test/t.py", "encodings/cp1.py", "x/test_y.py", "note.txt", "x/tests/y.py"}
     others |= {"site-packages/p/tests/r.py", "site-packages/p/_vendor/v.py", "__pycache__/c.pyc"}
