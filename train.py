@@ -12,6 +12,7 @@ earlier in the row.
 A run lives in out/NAME: config.json (how it was made), log.jsonl (what it did) and ckpt.pt (where
 it stands). Micro-batch n is a pure function of the seed, the stage and n. So resuming needs no
 position in the data, and N processes see the batches that one would.
+On a CPU that works for others, too, set OMP_WAIT_POLICY=passive: threads that wait then sleep.
 """
 
 import json
