@@ -40,7 +40,7 @@ def same_weights(a, b):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A data_dir with one byte dataset, `tiny`: 40 files of generated Python."""
-    text = tmp_path_factory.mktemp("text")
+    text = tmp_path_factory.mktemp("tiny-text")
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "return", "import", "self", "value"]
     for i in range(40):
@@ -51,11 +51,10 @@ def data_dir(tmp_path_factory):
             lines.append(f"    return {result} + {rng.integers(1000)}\n\n")
         (text / f"{i}.py").write_text("".join(lines))
     made = tmp_path_factory.mktemp("data")
-    prepare_data.prepare(
-        prepare_data.DataConfig(
-            dataset=(str(text),), data_dir=str(made), name="tiny", val_frac=0.25
-        )
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(text.parent)  # a file's name decides its split: the same in all sessions
+        prepare_data.prepare(prepare_data.DataConfig(
+            dataset=(text.name,), data_dir=str(made), name="tiny", val_frac=0.25))
     return made
 
 
