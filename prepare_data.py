@@ -252,6 +252,7 @@ class DataConfig:
 @contextmanager
 def atomic_path(path):
     """A temporary path for a file or a folder, renamed to path at the end, gone after an error."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         making = Path(beside, path.name)
@@ -343,15 +344,20 @@ def read_shards(names, fetch):
         yield ids
 
 
-def encode_all(texts, enc):
-    """Yield the ids of texts, the longest first, and an end of document after each."""
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    sample = [*longest_first, ""][0][:10_000]
-    size = len(sample.encode())
-    counted = count_bytes(enc, encode(enc, sample))
+def warn_of_loss(enc, text):
+    """Tell of a tokenizer whose tokens stand for more or fewer bytes than the text has."""
+    size = len(text.encode())
+    counted = count_bytes(enc, encode(enc, text))
     if abs(counted - size) > size / 100:
         warn(f"the tokens that {enc.name} makes of {size:,} bytes stand for {counted:,}: it loses "
              "or changes some, so bits per byte are not exact")
+
+
+def encode_all(texts, enc):
+    """Yield the ids of texts, the longest first, and an end of document after each."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    if longest_first:
+        warn_of_loss(enc, longest_first[0][:10_000])
     for text in tqdm(longest_first, leave=False, disable=None):
         for start in range(0, len(text), SLICE):
             yield encode(enc, text[start : start + SLICE])
@@ -568,7 +574,7 @@ def run_main(main):
 
 def write_atomically(path, text):
     """Write text so that a reader finds the old file or the new one, never a half."""
-    with atomic_path(Path(path)) as making:
+    with atomic_path(path) as making:
         making.write_text(text, "utf-8")
 
 

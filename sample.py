@@ -552,7 +552,7 @@ def draw(lines, cfg, path):
     figure = Figure(figsize=(13, 4.5 * height), layout="constrained")
     for n, (draw_panel, *what) in enumerate(panels, 1):
         draw_panel(figure.add_subplot(height, 2, n), *what)
-    with prepare_data.atomic_path(Path(path)) as making:
+    with prepare_data.atomic_path(path) as making:
         figure.savefig(making, dpi=160)
 
 
@@ -633,7 +633,7 @@ def export(run):
     run.model.config.vocab_size = run.enc.n_vocab
     weight = run.model.embed_tokens.weight
     weight.data = weight.data[: run.enc.n_vocab]
-    with prepare_data.atomic_path(Path(folder)) as making:
+    with prepare_data.atomic_path(folder) as making:
         run.model.save_pretrained(making, prepare_data.pretrained_tokenizer(run.enc))
     print(f"{folder} is what AutoModelForCausalLM and AutoTokenizer read")
 
